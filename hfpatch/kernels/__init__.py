@@ -1,0 +1,92 @@
+"""Run a plan: kernels are tried best first, a refusal carries its reason, the reference takes everything.
+
+A kernel is a module here with `why_not(call, plan) -> str | None` and
+`run(call, plan) -> (out [B, Hq, q_len, head_dim], lse)`. LSE: natural log, fp32, [B, Hq, q_len], -inf (and out 0)
+where a row sees nothing; a kernel may return None for it unless `call.need_lse`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hfpatch.call import AttentionCall, split_padding
+from hfpatch.errors import KernelUnavailableError, UnknownNameError
+from hfpatch.plan import Plan, Window
+
+KERNELS = ("triton_blocks", "flash", "cpu_blocks", "sdpa", "reference")
+
+
+class Choice(NamedTuple):
+    """The kernel that runs a plan, and why the better ones do not: `{kernel: reason}`."""
+
+    name: str
+    refused: dict[str, str]
+
+    def run(self, call: AttentionCall, plan: Plan) -> tuple[Tensor, Tensor | None]:
+        return load(self.name).run(call, plan)  # type: ignore[no-any-return]
+
+
+def load(name: str) -> ModuleType:
+    """The kernel module called `name`; importing it imports no optional package."""
+    return importlib.import_module(f"hfpatch.kernels.{name}")
+
+
+def choose(call: AttentionCall, plan: Plan, kernel: str = "auto") -> Choice:
+    """Which kernel runs this. Raises KernelUnavailableError if a kernel was named and refuses."""
+    if kernel != "auto" and kernel not in KERNELS:
+        raise UnknownNameError(f"unknown kernel {kernel!r}. Available: auto, {', '.join(KERNELS)}.")
+    refused: dict[str, str] = {}
+    for name in KERNELS if kernel == "auto" else (kernel,):
+        reason = load(name).why_not(call, plan)
+        if reason is None:
+            return Choice(name, refused)
+        refused[name] = reason
+    raise KernelUnavailableError(
+        f"kernel {kernel!r} cannot run {type(plan).__name__} here: {refused[kernel]}. "
+        "Use kernel='auto' to let hfpatch choose."
+    )
+
+
+def attend(call: AttentionCall, plan: Plan, kernel: str = "auto") -> tuple[Tensor, Tensor | None]:
+    """Attention of `call` restricted to `plan`: (out, lse), see the module's docstring."""
+    if isinstance(plan, Window) and call.mask is not None and call.mask.ndim == 2:
+        return _attend_padded(call, plan, kernel)
+    return choose(call, plan, kernel).run(call, plan)
+
+
+def _attend_padded(call: AttentionCall, plan: Plan, kernel: str) -> tuple[Tensor, Tensor]:
+    """A window counts real tokens, so padded rows run without their padding."""
+    out, lse = empty_result(call)
+    for part in split_padding(replace(call, need_lse=True)):
+        part_out, part_lse = choose(part.call, plan, kernel).run(part.call, plan)
+        assert part_lse is not None
+        put_rows(out, part.rows, part.queries, part_out)
+        put_rows(lse, part.rows, part.queries, part_lse)
+    return out, lse
+
+
+def empty_result(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """(zeros, -inf): the result of rows that see nothing."""
+    out = torch.zeros(*call.query.shape[:-1], call.value.shape[-1], dtype=call.query.dtype, device=call.query.device)
+    return out, torch.full(call.query.shape[:-1], float("-inf"), device=call.query.device)
+
+
+def put_rows(target: Tensor, rows: list[int], queries: slice | Tensor, part: Tensor) -> None:
+    """Write the result of a `Row` back: target [B, H, q_len, ...], part [len(rows), H, len(queries), ...]."""
+    for n, row in enumerate(rows):
+        target[row, :, queries] = part[n]
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Join attention over two disjoint key sets: outs [..., D], LSEs [...]. A part that saw nothing has LSE -inf."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    # both empty: -inf - -inf is NaN, and the answer is zero
+    weight_a = (lse_a - lse).exp().nan_to_num(0.0)[..., None]
+    weight_b = (lse_b - lse).exp().nan_to_num(0.0)[..., None]
+    return (out_a.float() * weight_a + out_b.float() * weight_b).to(out_a.dtype), lse

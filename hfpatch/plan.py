@@ -1,0 +1,207 @@
+"""What a method answers: which keys each query sees. Plain data; `mask()` is the meaning, kernels are the speed.
+
+A plan only narrows what the call permits and never re-imposes causality; `visible()` joins the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hfpatch.call import AttentionCall
+
+# Rows of the mask that are counted where a plan has no closed form for its density.
+_SAMPLED_ROWS = 64
+
+
+class Plan(Protocol):
+    def mask(self, call: AttentionCall) -> Tensor:
+        """bool, broadcastable to [B, Hq, q_len, kv_len]: keys the method wants. Builds [q_len, kv_len]."""
+        ...
+
+    def density(self, call: AttentionCall) -> Tensor | float:
+        """Kept share of the causal pairs of an unpadded call, in (0, 1]. No [q_len, kv_len] tensor, no device sync."""
+        ...
+
+    def keeps_all(self, call: AttentionCall) -> bool:
+        """True where the plan is known, from shapes alone, to keep every permitted pair."""
+        ...
+
+
+def visible(call: AttentionCall, plan: Plan) -> Tensor:
+    """bool, broadcastable to [B, Hq, q_len, kv_len]: pairs that enter the softmax.
+
+    Where a 4-D mask lets a token look ahead (tokens of one image in Gemma 3), those pairs stay whatever the plan says.
+    """
+    keep = plan.mask(call)
+    if call.mask is not None and call.mask.ndim == 4:
+        keep = keep | ~call.causal()
+    return call.permitted() & keep
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Everything that the model permits."""
+
+    def mask(self, call: AttentionCall) -> Tensor:
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=call.query.device)
+
+    def density(self, call: AttentionCall) -> float:
+        return 1.0
+
+    def keeps_all(self, call: AttentionCall) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Window:
+    """The first `sink` tokens and the last `window` tokens, the query's own included. Counts real tokens."""
+
+    sink: int
+    window: int
+
+    def mask(self, call: AttentionCall) -> Tensor:
+        q, k = call.positions()
+        return (q - k < self.window) | (k < self.sink)
+
+    def density(self, call: AttentionCall) -> float:
+        return _window_density(self.sink, self.window, call.q_offset, call.q_len)
+
+    def keeps_all(self, call: AttentionCall) -> bool:
+        return self.window + self.sink >= call.kv_len
+
+
+@lru_cache(maxsize=256)
+def _window_density(sink: int, window: int, q_offset: int, q_len: int) -> float:
+    rows = torch.arange(q_offset, q_offset + q_len)
+    kept = (rows + 1).clamp(max=window) + (rows - window + 1).clamp(min=0, max=sink)
+    return float(kept.sum() / (rows + 1).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Lists of key blocks, and optionally of single key columns, for each block of queries.
+
+    Query block `a` holds queries `a * block_q ...` of this call; key block `b` holds key slots `b * block_k ...`.
+    Entries past the count are ignored. Ids in a list are ascending and distinct; columns lie outside the listed blocks.
+    Causality and padding are applied token by token on top.
+
+    Attributes:
+        blk_idx: int32 [B or 1, Hs, NQ, MAXB].
+        blk_cnt: int32 [B or 1, Hs, NQ].
+        block_q, block_k: tokens in a block.
+        col_idx: int32 [B or 1, Hs, NQ, MAXC], or None.
+        col_cnt: int32 [B or 1, Hs, NQ], or None.
+
+    `Hs` is 1, Hkv or Hq: query head h reads list `h * Hs // Hq`.
+    """
+
+    blk_idx: Tensor
+    blk_cnt: Tensor
+    block_q: int
+    block_k: int
+    col_idx: Tensor | None = None
+    col_cnt: Tensor | None = None
+
+    def mask(self, call: AttentionCall) -> Tensor:
+        num_k = -(-call.kv_len // self.block_k)
+        keep = _listed(self.blk_idx, self.blk_cnt, num_k).repeat_interleave(self.block_k, -1)[..., : call.kv_len]
+        if self.col_idx is not None and self.col_cnt is not None:
+            keep = keep | _listed(self.col_idx, self.col_cnt, call.kv_len)
+        keep = keep.repeat_interleave(self.block_q, -2)[..., : call.q_len, :]
+        return keep.repeat_interleave(call.query.shape[1] // keep.shape[1], 1)
+
+    def density(self, call: AttentionCall) -> Tensor:
+        rows = torch.arange(self.blk_cnt.shape[-1], device=self.blk_idx.device)
+        first = call.q_offset + rows * self.block_q
+        last = (first + self.block_q - 1).clamp(max=call.kv_len - 1)
+        start = self.blk_idx * self.block_k
+        stop = (start + self.block_k).clamp(max=call.kv_len)
+        listed = torch.arange(self.blk_idx.shape[-1], device=rows.device) < self.blk_cnt[..., None]
+        kept = (_pairs(start, stop, first[:, None], last[:, None]) * listed).sum((-1, -2))
+        if self.col_idx is not None and self.col_cnt is not None:
+            listed = torch.arange(self.col_idx.shape[-1], device=rows.device) < self.col_cnt[..., None]
+            pairs = _pairs(self.col_idx, self.col_idx + 1, first[:, None], last[:, None])
+            kept = kept + (pairs * listed).sum((-1, -2))
+        total = call.q_len * call.q_offset + call.q_len * (call.q_len + 1) // 2
+        return (kept / total).mean()
+
+    def keeps_all(self, call: AttentionCall) -> bool:
+        return False
+
+
+def _listed(index: Tensor, count: Tensor, size: int) -> Tensor:
+    """Lists [..., M] with counts [...] -> bool [..., size]."""
+    valid = torch.arange(index.shape[-1], device=index.device) < count[..., None]
+    # slots past the count go to an extra column that is cut off again
+    target = torch.where(valid, index.long(), size)
+    return torch.zeros(*index.shape[:-1], size + 1, dtype=torch.bool, device=index.device).scatter_(-1, target, True)[
+        ..., :size
+    ]
+
+
+def _pairs(start: Tensor, stop: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    """Causal pairs between keys [start, stop) and queries [first, last]."""
+
+    def upto(row: Tensor) -> Tensor:
+        """Pairs of all queries 0..row with these keys."""
+        partial = (row + 1 - start).clamp(min=0)
+        width = stop - start
+        inside = torch.minimum(partial, width)
+        return inside * (inside + 1) // 2 + (partial - inside) * width
+
+    return upto(last) - upto(first - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Permuted:
+    """A window in a permuted order, causal in the original one, joined with a local window and sinks.
+
+    Query i sees key j <= i if `-after <= slot(i) - slot(j) <= before`, or `i - j < local`, or `j < sink`.
+
+    Attributes:
+        order: int64 [Hs, kv_len], the original position held by each slot; Hs is 1 or Hkv.
+        before, after: how many slots before and after its own a query sees; both >= 0.
+        local: last tokens seen in the original order, the query's own included (0 = none).
+        sink: first tokens always seen.
+        circular: slot distance wraps around.
+    """
+
+    order: Tensor
+    before: int
+    after: int
+    local: int = 0
+    sink: int = 0
+    circular: bool = False
+
+    def mask(self, call: AttentionCall) -> Tensor:
+        rows = torch.arange(call.q_offset, call.kv_len, device=call.query.device)
+        keep = self.rows(rows)
+        return keep.repeat_interleave(call.query.shape[1] // keep.shape[0], 0)[None]
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """bool [Hs, len(rows), kv_len]: the mask of some query positions, causality not applied."""
+        n = self.order.shape[-1]
+        slot = self.order.argsort(-1)
+        distance = slot[:, rows, None] - slot[:, None, :]
+        keep = (distance <= self.before) & (distance >= -self.after)
+        if self.circular:
+            keep |= (distance + n <= self.before) | (distance - n >= -self.after)
+        keys = torch.arange(n, device=rows.device)
+        return keep | (rows[:, None] - keys < self.local) | (keys < self.sink)
+
+    def density(self, call: AttentionCall) -> Tensor:
+        """Counted on 64 evenly spaced query rows."""
+        count = min(_SAMPLED_ROWS, call.q_len)
+        step = call.q_len / count
+        rows = (call.q_offset + (torch.arange(count) + 0.5) * step).long().to(self.order.device)
+        causal = torch.arange(self.order.shape[-1], device=rows.device) <= rows[:, None]
+        return (self.rows(rows) & causal).sum() / (causal.sum() * self.order.shape[0])
+
+    def keeps_all(self, call: AttentionCall) -> bool:
+        n = call.kv_len
+        return min(self.before, self.after) >= n - 1 or self.local >= n or self.sink >= n
