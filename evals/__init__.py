@@ -1,1 +1,8 @@
-""""""
+"""What a patch costs and what it saves: quality tasks, timing and memory, dense and patched on the same samples.
+
+Importing this package registers the tasks named below.
+"""
+
+from hfpatch.evals import fidelity, niah
+
+__all__ = ["fidelity", "niah"]

@@ -19,11 +19,15 @@ class SequenceState:
         store: free space, keyed by the method (use its name and the layer). Dropped when a new prefill starts.
         forwards: model forwards seen so far, the running one included.
         image_mask: bool [B, tokens so far], True at image tokens; None where the model has no images.
+        prompt_len: tokens of the first forward, padding included; None where it was not seen.
+        kept: where tokens were pruned, by layer: slots of the prompt that the layer's cache holds, int64 [B, n].
     """
 
     store: dict[Any, Any] = field(default_factory=dict)
     forwards: int = 0
     image_mask: Tensor | None = None
+    prompt_len: int | None = None
+    kept: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,7 @@ class Blocks:
         blk_cnt: int32 [B or 1, Hs, NQ].
         block_q, block_k: tokens in a block.
         col_idx: int32 [B or 1, Hs, NQ, MAXC], or None.
-        col_cnt: int32 [B or 1, Hs, NQ], or None.
+        col_cnt: int32 [B or 1, Hs, NQ]; None means that every entry of `col_idx` counts.
 
     `Hs` is 1, Hkv or Hq: query head h reads list `h * Hs // Hq`.
     """
@@ -110,8 +110,8 @@ class Blocks:
     def mask(self, call: AttentionCall) -> Tensor:
         num_k = -(-call.kv_len // self.block_k)
         keep = _listed(self.blk_idx, self.blk_cnt, num_k).repeat_interleave(self.block_k, -1)[..., : call.kv_len]
-        if self.col_idx is not None and self.col_cnt is not None:
-            keep = keep | _listed(self.col_idx, self.col_cnt, call.kv_len)
+        if self.col_idx is not None:
+            keep = keep | _listed(self.col_idx, self.column_counts(), call.kv_len)
         keep = keep.repeat_interleave(self.block_q, -2)[..., : call.q_len, :]
         return keep.repeat_interleave(call.query.shape[1] // keep.shape[1], 1)
 
@@ -123,12 +123,19 @@ class Blocks:
         stop = (start + self.block_k).clamp(max=call.kv_len)
         listed = torch.arange(self.blk_idx.shape[-1], device=rows.device) < self.blk_cnt[..., None]
         kept = (_pairs(start, stop, first[:, None], last[:, None]) * listed).sum((-1, -2))
-        if self.col_idx is not None and self.col_cnt is not None:
-            listed = torch.arange(self.col_idx.shape[-1], device=rows.device) < self.col_cnt[..., None]
+        if self.col_idx is not None:
+            listed = torch.arange(self.col_idx.shape[-1], device=rows.device) < self.column_counts()[..., None]
             pairs = _pairs(self.col_idx, self.col_idx + 1, first[:, None], last[:, None])
             kept = kept + (pairs * listed).sum((-1, -2))
         total = call.q_len * call.q_offset + call.q_len * (call.q_len + 1) // 2
         return (kept / total).mean()
+
+    def column_counts(self) -> Tensor:
+        """int32 [B or 1, Hs, NQ]; only where there are columns."""
+        assert self.col_idx is not None
+        if self.col_cnt is not None:
+            return self.col_cnt
+        return self.col_idx.new_full(self.col_idx.shape[:-1], self.col_idx.shape[-1])
 
     def keeps_all(self, call: AttentionCall) -> bool:
         return False

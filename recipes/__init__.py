@@ -1,1 +1,1 @@
-""""""
+"""Recipes as package data; `recipe:NAME` finds them."""

@@ -19,6 +19,8 @@ from hfpatch.call import AttentionCall, split_padding
 from hfpatch.errors import KernelUnavailableError, UnknownNameError
 from hfpatch.plan import Plan, Window
 
+# Up to this many scores a boolean mask costs less than a sparse kernel saves.
+SMALL = 512 * 512
 KERNELS = ("triton_blocks", "flash", "cpu_blocks", "sdpa", "reference")
 
 
@@ -37,12 +39,17 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"hfpatch.kernels.{name}")
 
 
-def choose(call: AttentionCall, plan: Plan, kernel: str = "auto") -> Choice:
-    """Which kernel runs this. Raises KernelUnavailableError if a kernel was named and refuses."""
+def check_name(kernel: str) -> None:
+    """Raises UnknownNameError for a kernel that does not exist; whether it can run is another question."""
     if kernel != "auto" and kernel not in KERNELS:
         raise UnknownNameError(f"unknown kernel {kernel!r}. Available: auto, {', '.join(KERNELS)}.")
+
+
+def choose(call: AttentionCall, plan: Plan, kernel: str = "auto") -> Choice:
+    """Which kernel runs this. Raises KernelUnavailableError if a kernel was named and refuses."""
+    check_name(kernel)
     refused: dict[str, str] = {}
-    for name in KERNELS if kernel == "auto" else (kernel,):
+    for name in _order(call) if kernel == "auto" else (kernel,):
         reason = load(name).why_not(call, plan)
         if reason is None:
             return Choice(name, refused)
@@ -51,6 +58,13 @@ def choose(call: AttentionCall, plan: Plan, kernel: str = "auto") -> Choice:
         f"kernel {kernel!r} cannot run {type(plan).__name__} here: {refused[kernel]}. "
         "Use kernel='auto' to let hfpatch choose."
     )
+
+
+def _order(call: AttentionCall) -> tuple[str, ...]:
+    """Best first. For one query, or for few scores, torch's fused attention beats anything cleverer."""
+    if call.q_len == 1 or call.q_len * call.kv_len <= SMALL:
+        return ("sdpa", *(name for name in KERNELS if name != "sdpa"))
+    return KERNELS
 
 
 def attend(call: AttentionCall, plan: Plan, kernel: str = "auto") -> tuple[Tensor, Tensor | None]:

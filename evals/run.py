@@ -1,0 +1,261 @@
+"""From a recipe to a run directory: load, patch, evaluate, time, report. The same engine serves CLI and Python."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from hfpatch.evals import arms
+from hfpatch.evals.bench import Bencher
+from hfpatch.evals.latency import dense_name, use_best_dense
+from hfpatch.evals.progress import Progress, Silent
+from hfpatch.evals.quality import Evaluation
+from hfpatch.evals.work import Work
+
+from hfpatch.doctor import doctor
+from hfpatch.errors import ConfigError, DataMissingError, HFPatchError
+from hfpatch.load import Loaded, load
+from hfpatch.patch import patch as put_on
+from hfpatch.recipe import PatchSpec, Recipe, load_recipe
+from hfpatch.report.render import render
+from hfpatch.report.results import summarise
+from hfpatch.report.run import RunDir
+
+MAX_FAILED = 0.05
+"""Share of failed samples above which a run as a whole has failed."""
+
+
+def work_list(recipe: Recipe, limit: int | None = None) -> list[dict[str, Any]]:
+    """What a run would do, without a model: one dict per cell, with `samples` per arm and `prompt_tokens` in total."""
+    return Work.of(recipe).items(limit)
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    dry_run: bool = False,
+    limit: int | None = None,
+    progress: Progress | None = None,
+    loaded: Loaded | None = None,
+) -> RunDir | None:
+    """Run all evals and the bench of a recipe, dense and patched in this process, and write the report.
+
+    Args:
+        out: where the run directory goes; default: `output.dir` of the recipe.
+        resume: directory of an interrupted run of the same recipe; what it has is not run again.
+        dry_run: only check the recipe and tell the work; returns None.
+        limit: only the first samples of each task.
+        loaded: a model that is there already; a patch on it stays, and is then the one that is measured.
+
+    Raises:
+        HFPatchError: more than 5 % of the samples failed, or a part of the bench; after everything was written.
+        KeyboardInterrupt: after what was measured so far was written. The model is unpatched in every case.
+    """
+    progress = progress or Silent()
+    work = Work.of(recipe)
+    if dry_run:
+        for item in work.items(limit):
+            progress.line(f"{item['task']} {item['cell']}: {item['samples']} samples × {', '.join(item['arms'])}")
+        return None
+    if loaded is None:
+        progress.line(f"loading {recipe.model.id}")
+        loaded = load(recipe.model.id, say=progress.line, **recipe.model.load_options())
+        if recipe.bench is not None and recipe.model.attn == "auto":
+            use_best_dense(loaded.model)
+    elif loaded.handle is not None and [s.use for s in loaded.handle.specs] != [s.use for s in recipe.patches]:
+        raise ConfigError(f"the model carries {loaded.handle!r}, the recipe asks for other patches. Remove the handle.")
+    tokenizer = getattr(loaded.processor, "tokenizer", loaded.processor)
+    if tokenizer is None:
+        raise DataMissingError(f"{loaded.source} comes without a tokenizer, which evals need. Put its files beside it.")
+    notes = work.check_context(loaded.model)
+    for task in work.tasks:
+        # a length too short for the prompt is said now, not in the middle
+        next(task.draw(tokenizer, task.cells()[0], _seed(recipe)))
+    if limit is not None:
+        notes.append(f"LIMITED RUN – not comparable: the first {limit} samples of each task")
+    if resume is not None:
+        run = RunDir.resume(resume, recipe.hash())
+    else:
+        env = {
+            **doctor(fast=True).to_dict(),
+            "argv": sys.argv,
+            "model_source": loaded.source,
+            "limit": limit,
+            "notes": notes,
+        }
+        run = RunDir.create(Path(out or recipe.output.dir), recipe.name, recipe.to_dict(), recipe.hash(), env)
+    for note in notes:
+        progress.line(note)
+        run.log(note)
+    attn = dense_name(loaded.model)
+    broken: list[str] = []
+    try:
+        with _deterministic(recipe.runtime.deterministic), _patched(loaded, recipe) as handle:
+            broken = _measure(work, recipe, loaded.model, tokenizer, handle, attn, run, limit, progress)
+    except KeyboardInterrupt:
+        _finish(run, recipe)
+        progress.line(
+            f"interrupted; what was measured is kept in {run.path}. Go on with: "
+            f"hfpatch apply {run.path / 'recipe.resolved.yaml'} --resume {run.path}"
+        )
+        raise
+    finally:
+        progress.stop()
+    _finish(run, recipe)
+    _judge(run, broken)
+    return run
+
+
+def _measure(
+    work: Work,
+    recipe: Recipe,
+    model: Any,
+    tokenizer: Any,
+    handle: Any,
+    attn: str,
+    run: RunDir,
+    limit: int | None,
+    progress: Progress,
+) -> list[str]:
+    """Everything that is not done yet; returns the parts of the bench that failed."""
+    evaluation = Evaluation(
+        model, tokenizer, handle, work.names, attn, _seed(recipe), run, progress, recipe.output.save_prompts,
+        run.done(), arms.LayerTotals(run.layers()),
+    )  # fmt: skip
+    parts = work.bench.unfinished(run.bench(), work.names) if work.bench else []
+    progress.start(work.steps(limit, parts), recipe.name)
+    for task in work.tasks:
+        evaluation.task(task, limit)
+    if work.bench is None:
+        return []
+    seed = recipe.runtime.seed
+    bencher = Bencher(model, tokenizer, handle, work.bench, work.names, attn, seed, run.append_bench, progress)
+    broken = []
+    for part in parts:
+        try:
+            bencher.measure(*part)
+        except Exception as error:
+            broken.append(f"bench {part[0]} at {part[1]} tokens: {type(error).__name__}: {error}")
+            progress.line(f"failed: {broken[-1]}")
+            run.log(f"failed: {broken[-1]}")
+    return broken
+
+
+def _seed(recipe: Recipe) -> int:
+    """Seed of the prompts. They stay the same where the patch's own seed is open."""
+    return recipe.runtime.seed if recipe.runtime.seed is not None else 0
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    before, only_warn = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    if wanted:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=only_warn)
+
+
+@contextmanager
+def _patched(loaded: Loaded, recipe: Recipe) -> Iterator[Any]:
+    """The handle of the recipe's patches, removed in the end; or the one that the user has put on, which stays."""
+    if loaded.handle is not None or not recipe.patches:
+        yield loaded.handle
+        return
+    handle = put_on(loaded.model, recipe)
+    try:
+        yield handle
+    finally:
+        handle.remove()
+
+
+def _finish(run: RunDir, recipe: Recipe) -> None:
+    run.write_results(summarise(run))
+    render(run, recipe.output.formats)
+
+
+def _judge(run: RunDir, broken: Sequence[str]) -> None:
+    """Raise HFPatchError if the run as a whole failed."""
+    rows = run.samples()
+    failed = [row for row in rows if row["error"]]
+    if len(failed) > MAX_FAILED * len(rows):
+        raise HFPatchError(
+            f"{len(failed)} of {len(rows)} samples failed, so the scores mean little. The first: {failed[0]['error']} "
+            f"All rows and the report are in {run.path}."
+        )
+    if broken:
+        raise HFPatchError(f"{'; '.join(broken)}. The other results are in {run.path}.")
+
+
+def evaluate(
+    model: str | Loaded,
+    task: str,
+    patch: Any = None,
+    *,
+    out: str | Path = "runs",
+    progress: Progress | None = None,
+    **options: Any,
+) -> RunDir:
+    """One task on a model (id or `Loaded`), dense and patched: `evaluate("packaged:...", "niah", "swa:window=512")`.
+
+    Args:
+        patch: name, spec text, PatchSpec, Method, or a list of these; None measures dense only.
+        options: those of the task.
+    """
+    return _run(model, patch, {"evals": [{"task": task, **options}]}, task, out, progress)
+
+
+def bench(
+    model: str | Loaded,
+    patch: Any = None,
+    *,
+    out: str | Path = "runs",
+    progress: Progress | None = None,
+    **options: Any,
+) -> RunDir:
+    """Latency and memory of a model (id or `Loaded`), dense and patched; `options` are those of `Bench`."""
+    return _run(model, patch, {"bench": options}, "bench", out, progress)
+
+
+def _run(
+    model: str | Loaded, patch: Any, wanted: dict[str, Any], name: str, out: str | Path, progress: Progress | None
+) -> RunDir:
+    loaded = None if isinstance(model, str) else model
+    if loaded is not None and loaded.handle is not None:
+        if patch is not None:
+            raise ConfigError("this model has a patch already; remove it (loaded.handle.remove()) or leave out patch=.")
+        specs = loaded.handle.specs
+    else:
+        specs = _specs(patch)
+    data = {"version": 1, "model": {"id": model if isinstance(model, str) else model.source}, **wanted}
+    data["patches"] = [{f.name: getattr(spec, f.name) for f in fields(spec)} for spec in specs]
+    data["name"] = "-".join([name, *(spec.use for spec in specs)])
+    run = run_recipe(load_recipe(data), out=out, progress=progress, loaded=loaded)
+    assert run is not None
+    return run
+
+
+def _specs(patch: Any) -> list[PatchSpec]:
+    if isinstance(patch, Recipe):
+        return list(patch.patches)
+    items = [] if patch is None else patch if isinstance(patch, (list, tuple)) else [patch]
+    specs = []
+    for item in items:
+        if isinstance(item, str):
+            specs.append(PatchSpec.parse(item))
+        elif isinstance(item, PatchSpec):
+            specs.append(item)
+        else:
+            specs.append(PatchSpec(item.name, item.changed()))
+    return specs

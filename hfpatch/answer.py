@@ -1,0 +1,126 @@
+"""One prompt answered with `generate`: the text, how long its two phases took, and how much memory it needed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfpatch.errors import ConfigError, DataMissingError, UnsupportedError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`prefill_ms` until the first token, `decode_ms` per further token (None without one), `peak_mb` weights included."""
+
+    text: str
+    tokens: list[int]
+    prefill_ms: float
+    decode_ms: float | None
+    peak_mb: float
+
+
+class _Clock:
+    """A streamer that notes when tokens arrive; the prompt comes first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        return
+
+
+def encode(
+    processor: Any,
+    prompt: str,
+    *,
+    image: Path | None = None,
+    chat_template: str | bool = "auto",
+    system: str | None = None,
+) -> Mapping[str, Tensor]:
+    """The model's inputs, batch of one. Raises UnsupportedError for an image that the model cannot see."""
+    from hfpatch.evals.prompts import render, template_mode
+
+    mode = template_mode(chat_template)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if image is None:
+        _, ids = render(tokenizer, prompt, system=system, mode=mode)
+        return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+    if not hasattr(processor, "image_processor"):
+        raise UnsupportedError(
+            f"{type(processor).__name__} takes no images: this model reads text only. Leave out --image."
+        )
+    picture = _open(image)
+    if mode != "off" and getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        turns = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+        turns.append({"role": "user", "content": content})
+        text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    else:
+        text = f"{getattr(processor, 'image_token', '<image>')}\n{prompt}"
+    encoded: Mapping[str, Tensor] = processor(text=[text], images=[picture], return_tensors="pt")
+    return encoded
+
+
+def _open(path: Path) -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise UnsupportedError("images need the pillow package: pip install pillow") from error
+    try:
+        return Image.open(path).convert("RGB")
+    except OSError as error:
+        raise DataMissingError(f"cannot read image {str(path)!r}: {error}.") from error
+
+
+def check_length(model: Any, inputs: Mapping[str, Tensor], max_new_tokens: int) -> int:
+    """Prompt tokens. Raises ConfigError if prompt and answer do not fit into the model's context."""
+    length = inputs["input_ids"].shape[1]
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if length == 0:
+        raise ConfigError("the prompt is empty.")
+    if limit is not None and length + max_new_tokens > limit:
+        raise ConfigError(
+            f"the prompt has {length} tokens and the answer up to {max_new_tokens}, together more than the model's context "
+            f"of {limit}. Shorten the prompt or lower --max-new-tokens."
+        )
+    return length
+
+
+@torch.no_grad()
+def answer(
+    model: Any, processor: Any, inputs: Mapping[str, Tensor], max_new_tokens: int, sample: bool = False
+) -> Answer:
+    """Generate once with the model as it is now, greedily unless `sample`."""
+    from hfpatch.evals.memory import MB, Peak, weight_bytes
+
+    tokenizer = getattr(processor, "tokenizer", processor)
+    inputs = {key: value.to(model.device) for key, value in inputs.items()}
+    choice = {"do_sample": True} if sample else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    clock, length = _Clock(), inputs["input_ids"].shape[1]
+    with Peak(model.device) as peak:
+        ids = model.generate(
+            **inputs, **choice, max_new_tokens=max_new_tokens, streamer=clock, pad_token_id=tokenizer.pad_token_id
+        )
+    tokens = ids[0, length:].tolist()
+    begun, first, *later = clock.times
+    return Answer(
+        text=tokenizer.decode(tokens, skip_special_tokens=True),
+        tokens=tokens,
+        prefill_ms=1e3 * (first - begun),
+        decode_ms=1e3 * (later[-1] - first) / len(later) if later else None,
+        peak_mb=(weight_bytes(model) + peak.bytes) / MB,
+    )
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """Leading tokens that are the same."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,0 +1,111 @@
+"""`hfpatch recipe`: start, read and check recipe files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hfpatch.cli.console import Terminal, table
+from hfpatch.cli.options import PatchOptions, build_recipe, command, patch_specs
+from hfpatch.errors import ConfigError
+from hfpatch.recipe import Recipe, dump_yaml
+
+_RECIPE = typer.Argument(metavar="FILE", help="A recipe file, or recipe:NAME.")
+
+_TEMPLATE = """\
+version: 1
+model:
+  id: {model}
+  dtype: auto            # auto, bf16, fp16, fp32
+patches:                 # [] measures the dense model only
+{patches}
+runtime: {{kernel: auto, strict: false, seed: 0}}
+evals:                   # hfpatch list tasks
+  - task: niah
+    lengths: [1k, 2k]
+    depths: "0:100:25"   # start:stop:step in %, stop included
+    samples: 4
+bench:                   # null = none
+  lengths: [1k, 2k]
+  repeats: 5
+"""
+
+
+def add_to(app: typer.Typer) -> None:
+    group = typer.Typer(help="Start, read and check recipe files.", no_args_is_help=True)
+    app.add_typer(group, name="recipe")
+
+    @command(group, "init", "hfpatch recipe init my.yaml --model packaged:smollm2-135m-instruct -p sa:window=512")
+    def init(
+        terminal: Terminal,
+        file: Annotated[Path, typer.Argument(metavar="FILE", help="New file, .yaml.")],
+        patches: PatchOptions,
+        model: Annotated[str, typer.Option("--model", help="The model's id.")] = "packaged:smollm2-135m-instruct",
+    ) -> None:
+        """Write a recipe to start from. Never overwrites."""
+        specs = patch_specs(patches)
+        entries = [
+            {"use": s.use, "params": s.params, "layers": s.layers, "heads": s.heads, "phase": s.phase} for s in specs
+        ]
+        lean = [{key: value for key, value in entry.items() if value not in (None, {})} for entry in entries]
+        text = "".join(f"  {line}\n" for line in dump_yaml(lean).splitlines()).rstrip("\n") if lean else "  []"
+        if file.suffix not in (".yaml", ".yml"):
+            raise ConfigError(f"{str(file)!r} must end in .yaml.")
+        try:
+            with file.open("x", encoding="utf-8") as out:
+                out.write(_TEMPLATE.format(model=model, patches=text))
+        except OSError as error:
+            raise ConfigError(f"cannot write {str(file)!r}: {error}. An existing file is never overwritten.") from error
+        recipe, _ = build_recipe(file, terminal, PatchOptions())
+        terminal.result({"file": str(file), "hash": recipe.hash()}, f"wrote {file}. Run it: hfpatch apply {file}")
+
+    @command(group, "show", "hfpatch recipe show recipe:demo --resolved --set runtime.seed=1")
+    def show(
+        terminal: Terminal,
+        file: Annotated[str, _RECIPE],
+        patches: PatchOptions,
+        resolved: Annotated[bool, typer.Option("--resolved", help="Show where each value comes from.")] = False,
+    ) -> None:
+        """Print a recipe with all its values: defaults < HFPATCH_* < file < --set and flags."""
+        recipe, origins = build_recipe(file, terminal, patches)
+        data = {"recipe": recipe.to_dict(), "hash": recipe.hash()}
+        if not resolved:
+            terminal.result(data, dump_yaml(recipe.to_dict()).rstrip())
+            return
+        made = table("key", "value", "from")
+        for path, origin in origins.items():
+            made.add_row(path, _at(recipe, path), origin)
+        terminal.result({**data, "origins": origins}, made)
+
+    @command(group, "validate", "hfpatch recipe validate my.yaml")
+    def validate(terminal: Terminal, file: Annotated[str, _RECIPE], patches: PatchOptions) -> None:
+        """Check a recipe down to the options of its patchers and tasks. Loads no weights."""
+        recipe, _ = build_recipe(file, terminal, patches)
+        import hfpatch
+        from hfpatch.evals.work import Work
+
+        for spec in recipe.patches:
+            hfpatch.get_patcher(spec.use).from_options(spec.params)
+        if recipe.evals or recipe.bench is not None:
+            Work.of(recipe)
+        terminal.result({"valid": True, "name": recipe.name, "hash": recipe.hash()}, f"{file} is valid.")
+
+    @command(group, "hash", "hfpatch recipe hash my.yaml")
+    def hash_(terminal: Terminal, file: Annotated[str, _RECIPE], patches: PatchOptions) -> None:
+        """Print the SHA-256 of what decides the results; name and output do not count."""
+        recipe, _ = build_recipe(file, terminal, patches)
+        terminal.result({"hash": recipe.hash()}, recipe.hash())
+
+
+def _at(recipe: Recipe, path: str) -> str:
+    value: object = recipe.to_dict()
+    for key in path.split("."):
+        value = value[int(key)] if isinstance(value, list) else value[_key(value, key)]  # type: ignore[index]
+    return dump_yaml(value).removesuffix("\n").removesuffix("\n...")
+
+
+def _key(mapping: object, text: str) -> object:
+    """Head selectors have whole numbers as keys."""
+    return next(key for key in mapping if str(key) == text)  # type: ignore[attr-defined]

@@ -1,0 +1,342 @@
+"""Sparse plans on the CPU: the listed keys are gathered, and attention over them is two dense matmuls.
+
+One task is one block of queries of one KV head: the G query heads that share the KV head form one matrix [G * block_q,
+head_dim], their keys another one [keys, head_dim], and the scores of both never leave the cache of one core. Tasks go to
+a small pool of threads that run torch with one thread each; many small parallel regions inside the matmuls would
+become very slow as soon as anything else used the machine.
+
+Scores are in the model's dtype, softmax statistics in fp32, as in eager attention.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hfpatch.call import AttentionCall
+from hfpatch.kernels import merge
+from hfpatch.plan import Blocks, Dense, Permuted, Plan, Window
+
+# Rows of a score matrix for which one core's matmul is near its best rate.
+_ROWS = 896
+
+
+def why_not(call: AttentionCall, plan: Plan) -> str | None:
+    if call.query.device.type != "cpu":
+        return "for tensors on the CPU"
+    if isinstance(plan, Dense):
+        return "for sparse plans"
+    if call.mask is not None and (call.mask.ndim == 4 or not isinstance(plan, Blocks)):
+        return "takes padding masks with block lists only, and no 4-D masks"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value)):
+        return "forward only, and gradients were asked for"
+    return None
+
+
+def run(call: AttentionCall, plan: Plan) -> tuple[Tensor, Tensor | None]:
+    """(out [B, Hq, q_len, head_dim], LSE fp32 [B, Hq, q_len], or None unless `call.need_lse`)."""
+    if isinstance(plan, Permuted):
+        return _run_permuted(call, plan)
+    out = torch.empty(*call.query.shape[:-1], call.value.shape[-1], dtype=call.query.dtype)
+    lse = torch.empty(call.query.shape[:-1]) if call.need_lse else None
+    if isinstance(plan, Window):
+        _run_tasks(list(_window_tasks(call, plan)), call, out, lse)
+    else:
+        assert isinstance(plan, Blocks)
+        _run_tasks(list(_block_tasks(call, plan)), call, out, lse)
+    return out, lse
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """Some queries of some heads of one sequence, and the keys that any of them sees.
+
+    Attributes:
+        heads: query heads; they share one KV head.
+        queries: slots among the call's queries.
+        keys: slots, int64 [N] ascending, or a slice.
+        masked: columns [start, stop) of the scores that need `hidden`.
+        hidden: bool [queries, stop - start], True = not visible; None where nothing is hidden.
+    """
+
+    row: int
+    heads: slice
+    queries: slice | Tensor
+    keys: slice | Tensor
+    size: tuple[int, int]
+    hidden: Callable[[], tuple[int, Tensor] | None]
+    may_be_empty: bool = False
+
+
+def _block_tasks(call: AttentionCall, plan: Blocks) -> Iterator[_Task]:
+    batch, q_heads = call.query.shape[:2]
+    lists = plan.blk_cnt.shape[1]
+    blk_idx, blk_cnt = plan.blk_idx.numpy(), plan.blk_cnt.numpy()
+    col_idx = plan.col_idx.numpy() if plan.col_idx is not None else None
+    col_cnt = plan.column_counts().numpy() if plan.col_idx is not None else None
+    # lists per KV head (or for all) serve the whole group at once
+    width = call.num_key_value_groups if lists <= call.key.shape[1] else 1
+    within = np.arange(plan.block_k)
+    # the longest tasks first, so that no worker is left with one at the end
+    for block in reversed(range(blk_cnt.shape[-1])):
+        first = block * plan.block_q
+        last = min(first + plan.block_q, call.q_len)
+        for row in range(batch):
+            for head in range(0, q_heads, width):
+                at = (row if blk_cnt.shape[0] > 1 else 0, head * lists // q_heads, block)
+                blocks = blk_idx[at][: blk_cnt[at]].astype(np.int64)
+                keys = (blocks[:, None] * plan.block_k + within).reshape(-1)
+                if col_idx is not None and col_cnt is not None:
+                    keys = np.sort(np.concatenate([keys, col_idx[at][: col_cnt[at]]]))
+                # keys after the last query are invisible to all of them
+                keys = keys[: np.searchsorted(keys, call.q_offset + last)]
+                index = torch.from_numpy(keys)
+                yield _Task(
+                    row,
+                    slice(head, head + width),
+                    slice(first, last),
+                    index,
+                    (last - first, len(keys)),
+                    _hide_future(index, first + call.q_offset, last + call.q_offset, call.mask, row),
+                    # a list may lack the query's own block, or hold padding only
+                    may_be_empty=call.mask is not None or len(keys) == 0 or int(keys[0]) > call.q_offset + first,
+                )
+
+
+def _hide_future(
+    keys: Tensor, first: int, last: int, mask: Tensor | None, row: int
+) -> Callable[[], tuple[int, Tensor] | None]:
+    """Causality on the tail of ascending keys that crosses the diagonal; padding everywhere."""
+
+    def hidden() -> tuple[int, Tensor] | None:
+        queries = torch.arange(first, last)[:, None]
+        if mask is not None:
+            return 0, (keys > queries) | ~mask[row][keys] | ~mask[row][first:last, None]
+        start = int(torch.searchsorted(keys, first, right=True))
+        return (start, keys[start:] > queries) if start < len(keys) else None
+
+    return hidden
+
+
+def _window_tasks(call: AttentionCall, plan: Window) -> Iterator[_Task]:
+    batch, q_heads = call.query.shape[:2]
+    groups = call.num_key_value_groups
+    block_q = max(64, min(_ROWS // groups, max(128, plan.window // 2)))
+    for first in reversed(range(0, call.q_len, block_q)):
+        last = min(first + block_q, call.q_len)
+        begin, end = first + call.q_offset, last + call.q_offset
+        start = max(begin - plan.window + 1, 0)
+        sink = min(plan.sink, start)
+        keys: slice | Tensor = slice(start, end)
+        if sink:
+            keys = torch.cat([torch.arange(sink), torch.arange(start, end)])
+        hide = _hide_outside(start, begin, end, sink, plan)
+        for row in range(batch):
+            for head in range(0, q_heads, groups):
+                size = (last - first, sink + end - start)
+                yield _Task(row, slice(head, head + groups), slice(first, last), keys, size, lambda h=hide: h)  # type: ignore[misc]
+
+
+def _hide_outside(start: int, begin: int, end: int, sink: int, plan: Window) -> tuple[int, Tensor]:
+    """The window's left edge and the diagonal, for keys [start, end) that follow `sink` columns."""
+    queries = torch.arange(begin, end)[:, None]
+    keys = torch.arange(start, end)
+    outside = (queries - keys >= plan.window) & (keys >= plan.sink)
+    return sink, outside | (keys > queries)
+
+
+def _run_permuted(call: AttentionCall, plan: Permuted) -> tuple[Tensor, Tensor | None]:
+    """The shuffled window in slot order, then local window and sinks in the original order, joined by their LSE."""
+    # a token always sees itself, so a local window of one changes nothing and makes the second part a window
+    local = max(plan.local, 1) if plan.local or plan.sink else 0
+    call_lse = replace(call, need_lse=call.need_lse or local > 0, sinks=None if local > 0 else call.sinks)
+    order = plan.order.expand(call.key.shape[1], -1)
+    out = torch.empty(*call.query.shape[:-1], call.value.shape[-1], dtype=call.query.dtype)
+    lse = torch.empty(call.query.shape[:-1]) if call_lse.need_lse else None
+    # keys of every KV head in its own slot order
+    index = order[None, :, :, None]
+    keys, values = (x.gather(2, index.expand(x.shape[0], -1, -1, x.shape[-1])) for x in (call.key, call.value))
+    in_slots = replace(call_lse, key=keys, value=values)
+    _run_tasks(list(_band_tasks(call, plan, order, local)), in_slots, out, lse)
+    if local == 0:
+        return out, lse
+    assert lse is not None
+    near, near_lse = run(replace(call, need_lse=True), Window(plan.sink, local))
+    assert near_lse is not None
+    return merge(out, lse, near, near_lse)
+
+
+def _band_tasks(call: AttentionCall, plan: Permuted, order: Tensor, local: int) -> Iterator[_Task]:
+    batch, groups, n = call.query.shape[0], call.num_key_value_groups, call.kv_len
+    block_q = max(64, min(_ROWS // groups, max(128, plan.before)))
+    for kv_head in range(call.key.shape[1]):
+        places = order[kv_head]
+        # slots that hold a query of this call, ascending
+        slots = (places >= call.q_offset).nonzero().flatten()
+        for first in range(0, len(slots), block_q):
+            mine = slots[first : first + block_q]
+            low, high = int(mine[0]) - plan.before, int(mine[-1]) + plan.after + 1
+            if plan.circular and high - low < n:
+                keys: slice | Tensor = torch.arange(low, high) % n
+            else:
+                keys = slice(max(low, 0), min(high, n)) if not plan.circular else slice(0, n)
+            hide = _hide_band(plan, places, mine, keys, local)
+            size = (len(mine), high - low if isinstance(keys, Tensor) else keys.stop - keys.start)
+            queries = places[mine] - call.q_offset
+            heads = slice(kv_head * groups, (kv_head + 1) * groups)
+            for row in range(batch):
+                yield _Task(row, heads, queries, keys, size, hide, may_be_empty=local > 0)
+
+
+def _hide_band(
+    plan: Permuted, places: Tensor, slots: Tensor, keys: slice | Tensor, local: int
+) -> Callable[[], tuple[int, Tensor]]:
+    def hidden() -> tuple[int, Tensor]:
+        n = len(places)
+        key_slots = keys if isinstance(keys, Tensor) else torch.arange(keys.start, keys.stop)
+        distance = slots[:, None] - key_slots
+        if plan.circular:
+            # the shorter way round on the side that reaches further
+            distance = (distance + plan.after) % n - plan.after
+        query, key = places[slots][:, None], places[key_slots]
+        outside = (distance > plan.before) | (distance < -plan.after) | (key > query)
+        if local:
+            outside |= (query - key < local) | (key < plan.sink)
+        return 0, outside
+
+    return hidden
+
+
+# Computing tasks ----------------------------------------------------------------------------------------------------
+
+
+def _run_tasks(tasks: list[_Task], call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
+    workers = min(torch.get_num_threads(), len(tasks))
+    longest = max((task.size[1] for task in tasks), default=0)
+    tickets = itertools.count()
+
+    def work() -> None:
+        with torch.inference_mode():
+            buffers = _buffers(call, longest)
+            while (ticket := next(tickets)) < len(tasks):
+                _compute(tasks[ticket], call, buffers, out, lse)
+
+    if workers <= 1:
+        work()
+        return
+    threads = torch.get_num_threads()
+    pool = _pool(threads)
+    # MKL's thread count is global; the workers must not start threads of their own
+    torch.set_num_threads(1)
+    try:
+        futures = [pool.submit(work) for _ in range(workers)]
+        for future in futures:
+            future.result()
+    finally:
+        torch.set_num_threads(threads)
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "hfpatch-cpu", initializer=torch.set_num_threads, initargs=(1,))
+
+
+# a forked child has none of the parent's threads
+os.register_at_fork(after_in_child=_pool.cache_clear)
+
+_LOCAL = threading.local()
+
+
+def _buffers(call: AttentionCall, columns: int) -> Callable[[str, int, int, torch.dtype], Tensor]:
+    """Scratch matrices that a worker keeps: fresh ones would cost more in page faults than in arithmetic."""
+    store: dict[tuple[str, torch.dtype], Tensor] = _LOCAL.__dict__.setdefault("store", {})
+
+    def take(name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        flat = store.get((name, dtype))
+        if flat is None or flat.numel() < rows * width:
+            flat = store[name, dtype] = torch.empty(rows * max(width, min(columns, 2 * width)), dtype=dtype)
+        return flat[: rows * width].view(rows, width)
+
+    return take
+
+
+def _compute(
+    task: _Task,
+    call: AttentionCall,
+    take: Callable[[str, int, int, torch.dtype], Tensor],
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """softmax(Q K^T) V of one task, into its place in `out` and `lse`."""
+    dtype, dim = call.query.dtype, call.query.shape[-1]
+    count, columns = task.size
+    groups = task.heads.stop - task.heads.start
+    rows = groups * count
+    if columns == 0:
+        out[task.row, task.heads, task.queries] = 0
+        if lse is not None:
+            lse[task.row, task.heads, task.queries] = float("-inf")
+        return
+    kv_head = task.heads.start // call.num_key_value_groups
+    query = take("query", rows, dim, dtype).view(groups, count, dim)
+    torch.mul(call.query[task.row, task.heads, task.queries], call.scaling, out=query)
+    key, value = call.key[task.row, kv_head], call.value[task.row, kv_head]
+    if isinstance(task.keys, slice):
+        key, value = key[task.keys], value[task.keys]
+    else:
+        key = torch.index_select(key, 0, task.keys, out=take("key", columns, dim, dtype))
+        value = torch.index_select(value, 0, task.keys, out=take("value", columns, value.shape[-1], dtype))
+    scores = torch.mm(query.view(rows, dim), key.t(), out=take("scores", rows, columns, dtype))
+    if call.softcap is not None:
+        scores = scores.float().div_(call.softcap).tanh_().mul_(call.softcap)
+    hidden = task.hidden()
+    if hidden is not None:
+        start, hide = hidden
+        scores.view(groups, count, columns)[:, :, start : start + hide.shape[1]].masked_fill_(hide, float("-inf"))
+    probs, task_lse = _softmax(scores, call, task, take, lse is not None)
+    result = torch.mm(probs, value, out=take("out", rows, value.shape[-1], dtype))
+    out[task.row, task.heads, task.queries] = result.view(groups, count, -1)
+    if lse is not None:
+        assert task_lse is not None
+        lse[task.row, task.heads, task.queries] = task_lse.view(groups, count)
+
+
+def _softmax(
+    scores: Tensor,
+    call: AttentionCall,
+    task: _Task,
+    take: Callable[[str, int, int, torch.dtype], Tensor],
+    need_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(probabilities in the model's dtype, LSE [rows, 1] or None) of scores [rows, columns]."""
+    dtype = call.query.dtype
+    rows, columns = scores.shape
+    if not need_lse and call.sinks is None:
+        probs = torch.softmax(scores, -1, out=scores)
+        probs = probs.nan_to_num_(0.0) if task.may_be_empty else probs
+        return (probs if probs.dtype == dtype else take("probs", rows, columns, dtype).copy_(probs)), None
+    exact = scores if scores.dtype == torch.float32 else take("exact", rows, columns, torch.float32).copy_(scores)
+    highest = exact.amax(-1, keepdim=True)
+    exact = torch.softmax(exact, -1, out=exact)
+    # the largest probability is exp(highest - lse)
+    lse = highest - exact.amax(-1, keepdim=True).log_()
+    if task.may_be_empty:
+        exact.nan_to_num_(0.0)
+        lse.masked_fill_(highest == float("-inf"), float("-inf"))
+    if call.sinks is not None:
+        sinks = call.sinks[task.heads].float().repeat_interleave(task.size[0])[:, None]
+        with_sinks = torch.logaddexp(lse, sinks)
+        exact.mul_((lse - with_sinks).exp_())
+        lse = with_sinks
+    if dtype == torch.float32:
+        return exact, lse
+    return take("probs", rows, columns, dtype).copy_(exact), lse

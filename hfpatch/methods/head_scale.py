@@ -1,0 +1,49 @@
+"""Scale what chosen heads write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from torch import Tensor
+
+from hfpatch.call import AttentionCall
+from hfpatch.methods.base import Card, Method, option, register_patcher
+
+
+@register_patcher
+@dataclass(frozen=True, kw_only=True)
+class HeadScale(Method):
+    """Multiply the output of chosen query heads before the output projection.
+
+    Choose the heads with `heads={layer: [head, ...]}`; without it all heads are scaled. 0 ablates a head, more than 1
+    reinforces it. Prefill and decode alike; the KV cache of the first scaled layer is untouched, later layers see the
+    changed hidden states.
+
+    Source: zero ablation and head scaling as in Circuit Component Reuse Across Tasks in Transformer Language Models,
+    arXiv 2310.08744.
+    """
+
+    name: ClassVar[str] = "head_scale"
+    aliases: ClassVar[tuple[str, ...]] = ()
+    card: ClassVar[Card] = Card(
+        family="heads",
+        summary="multiply the output of chosen query heads (0 = ablate)",
+        paper="Circuit Component Reuse Across Tasks in Transformer Language Models, arXiv 2310.08744",
+    )
+    chunk_invariant: ClassVar[bool] = True
+    examples: ClassVar[tuple[dict[str, object], ...]] = ({"factor": 0.5},)
+
+    # beyond 4 the residual stream's norm moves too far for a pre-norm model
+    factor: float = option(1.0, "multiplies the head's output", ge=-4.0, le=4.0)
+
+    @property
+    def decode_invariant(self) -> bool:
+        return True
+
+    @classmethod
+    def neutral(cls) -> Self:
+        return cls(factor=1.0)
+
+    def adjust(self, call: AttentionCall, out: Tensor, lse: Tensor | None) -> Tensor:
+        return out * self.factor

@@ -1,0 +1,561 @@
+"""Put patches on a model and take them off again.
+
+A model is changed in four places only, all undone by `remove()`: the attention implementation named in its text
+config, an entry for each attention module in a weak map, and forward hooks on the text model, on the decoder layers
+(when tokens are pruned) and on the outer model (when images or prompts matter).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from torch import nn
+
+from hfpatch import attention, pruning, request
+from hfpatch.anatomy import Anatomy, examine
+from hfpatch.attention import Bound, Engine, ImplementationName, Layer
+from hfpatch.dryrun import explain_bound
+from hfpatch.errors import ConfigError, ConflictError, HFPatchError, UnsupportedError
+from hfpatch.kernels import check_name
+from hfpatch.methods.base import Method
+from hfpatch.recipe import PatchSpec, Recipe, load_recipe
+from hfpatch.registry import METHODS
+from hfpatch.selectors import HeadSelector, LayerSelector, format_layers, select_heads, select_layers
+from hfpatch.summary import Explanation, LayerReport, PatchReport
+
+PhaseSelector = Literal["prefill", "decode", "both"]
+
+_PHASES: dict[str, frozenset[str]] = {
+    "prefill": frozenset({"prefill", "extend"}),
+    "decode": frozenset({"decode"}),
+    "both": frozenset({"prefill", "extend", "decode"}),
+}
+# vision tokens go first, then masks, then what corrects scores, then what scales heads
+_ORDER = ("vision", "attention", "calibration", "heads")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One method with where it acts."""
+
+    method: Method
+    layers: LayerSelector = None
+    heads: HeadSelector = None
+    phase: PhaseSelector = "both"
+
+    def spec(self) -> PatchSpec:
+        """Plain data that patches the same way. A function as `layers` cannot be written down."""
+        if callable(self.layers):
+            raise ConfigError("layers= was given as a function, which a recipe cannot hold. Give the list of layers.")
+        layers = self.layers if isinstance(self.layers, (int, str)) or self.layers is None else list(self.layers)
+        heads: Any = self.heads
+        if isinstance(heads, Mapping):
+            heads = {int(layer): list(chosen) for layer, chosen in heads.items()}
+        elif heads is not None:
+            heads = str(heads) if isinstance(heads, (str, Path)) else [list(pair) for pair in heads]
+        phase = None if self.phase == "both" else self.phase
+        return PatchSpec(self.method.name, self.method.changed(), layers, heads, phase)
+
+
+@dataclass(eq=False)
+class _Patched:
+    """One patched model: its engine, its live handles, its hooks. Holds no strong reference to the model."""
+
+    engine: Engine
+    handles: list[PatchHandle] = field(default_factory=list)
+    hooks: list[Any] = field(default_factory=list)
+
+
+_PATCHED: weakref.WeakKeyDictionary[nn.Module, _Patched] = weakref.WeakKeyDictionary()
+
+
+class PatchHandle:
+    """Patches that are on a model. Use as a context manager, or call `remove()`.
+
+    Attributes:
+        parts: the methods with their selectors, in the order in which they apply.
+        kernel, strict: as given to `patch`.
+    """
+
+    def __init__(self, anatomy: Anatomy, parts: Sequence[Part], kernel: str, strict: bool) -> None:
+        self._model = weakref.ref(anatomy.model)
+        self.parts = tuple(parts)
+        self.kernel = kernel
+        self.strict = strict
+        self._enabled = True
+        self._removed = False
+        self._bound = _bind(anatomy, self.parts, kernel, strict)
+        self._forwards_before = 0
+
+    @property
+    def model(self) -> Any:
+        """The model that was patched, the same object."""
+        model = self._model()
+        if model is None:
+            raise HFPatchError(
+                "the patched model no longer exists; keep a reference to it as long as you use the handle."
+            )
+        return model
+
+    @property
+    def specs(self) -> list[PatchSpec]:
+        return [part.spec() for part in self.parts]
+
+    @property
+    def active(self) -> bool:
+        """On the model and not disabled."""
+        return self._enabled and not self._removed
+
+    def remove(self) -> None:
+        """Take the patches off; the model is exactly what it was. Does nothing the second time."""
+        if self._removed:
+            return
+        self._removed = True
+        model = self._model()
+        patched = _PATCHED.get(model) if model is not None else None
+        if model is not None and patched is not None:
+            patched.handles.remove(self)
+            _sync(examine(model), patched)
+
+    def disable(self) -> None:
+        """Run the model unpatched until `enable()`."""
+        self._switch(False)
+
+    def enable(self) -> None:
+        self._switch(True)
+
+    def _switch(self, on: bool) -> None:
+        if self._removed:
+            raise HFPatchError("this patch was removed; call patch() again.")
+        if self._enabled is not on:
+            self._enabled = on
+            model = self.model
+            _sync(examine(model), _PATCHED[model])
+
+    @contextmanager
+    def disabled(self) -> Iterator[Any]:
+        """Inside the block the model runs unpatched."""
+        was = self._enabled
+        self.disable()
+        try:
+            yield self.model
+        finally:
+            if was and not self._removed:
+                self.enable()
+
+    def reconfigure(self, patcher: str | None = None, /, **params: Any) -> None:
+        """Change options of a patch that is on. `patcher` names which, where the handle has several."""
+        if self._removed:
+            raise HFPatchError("this patch was removed; call patch() again.")
+        names = [part.method.name for part in self.parts]
+        name = METHODS.get(patcher).name if patcher is not None else names[0]
+        if name not in names or (patcher is None and len(names) > 1):
+            raise ConfigError(
+                f"this handle has {', '.join(names)}; say which one: handle.reconfigure('{names[0]}', ...)."
+            )
+        index = names.index(name)
+        old = self.parts[index]
+        method = type(old.method).from_options({**old.method.options(), **params})
+        parts = (*self.parts[:index], replace(old, method=method), *self.parts[index + 1 :])
+        anatomy = examine(self.model)
+        # built before anything changes, so that a bad option leaves the patch as it was
+        bound = _bind(anatomy, parts, self.kernel, self.strict)
+        self.parts, self._bound = parts, bound
+        _sync(anatomy, _PATCHED[self.model])
+
+    def reset(self) -> None:
+        """Forget statistics, fallbacks and what methods remember about sequences."""
+        for bounds in self._bound.values():
+            for bound in bounds:
+                bound.stats.clear()
+        if (patched := self._patched()) is not None:
+            engine = patched.engine
+            engine.fallbacks.clear()
+            engine.states.clear()
+            self._forwards_before = engine.forwards
+
+    def _patched(self) -> _Patched | None:
+        model = self._model()
+        return None if self._removed or model is None else _PATCHED.get(model)
+
+    def explain(self, seq_len: int = 4096, batch: int = 1) -> Explanation:
+        """What happens in which layer, with which kernel, and how much is kept at `seq_len` tokens."""
+        return explain_bound(
+            examine(self.model), self._bound, [str(part.method) for part in self.parts], seq_len, batch
+        )
+
+    def report(self) -> PatchReport:
+        """What happened since the handle was made or reset. Reads densities from the device."""
+        rows = []
+        for layer, bounds in sorted(self._bound.items()):
+            for bound in bounds:
+                for phase, stats in bound.stats.items():
+                    density = float(stats.density) / stats.calls if stats.calls else None
+                    rows.append(
+                        LayerReport(layer, phase, stats.action, stats.kernel, dict(stats.refused), stats.calls, density)
+                    )
+        patched = self._patched()
+        engine = patched.engine if patched is not None else Engine(0)
+        return PatchReport(
+            [str(part.method) for part in self.parts],
+            max(engine.forwards - self._forwards_before, 0),
+            engine.num_layers or max(self._bound, default=0) + 1,
+            rows,
+            dict(engine.fallbacks),
+            sorted(engine.warned),
+        )
+
+    def to_recipe(self) -> Recipe:
+        """A recipe that patches the same way."""
+        model = {"id": str(getattr(self.model.config, "_name_or_path", "") or "")}
+        runtime = {"kernel": self.kernel, "strict": self.strict}
+        patches = [_as_mapping(spec) for spec in self.specs]
+        return load_recipe({"version": 1, "model": model, "runtime": runtime, "patches": patches})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(
+            "patch() returns a handle, not the model; the model is patched in place: use handle.model(...)."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"PatchHandle has no attribute {name!r}; the patched model is handle.model.")
+
+    def __repr__(self) -> str:
+        names = " + ".join(str(part.method) for part in self.parts)
+        state = "removed" if self._removed else "active" if self._enabled else "disabled"
+        return f"<PatchHandle {names} layers={format_layers(self._bound)} kernel={self.kernel} {state}>"
+
+    def __str__(self) -> str:
+        return repr(self) if self._removed or self._model() is None else str(self.explain())
+
+
+def patch(
+    model: Any,
+    what: Any,
+    *,
+    layers: LayerSelector = None,
+    heads: HeadSelector = None,
+    phase: PhaseSelector | None = None,
+    kernel: str = "auto",
+    strict: bool = False,
+    seed: int | None = None,
+    **params: Any,
+) -> PatchHandle:
+    """Patch `model` in place; `handle.remove()` undoes it exactly.
+
+    Args:
+        model: a transformers model, a pipeline, or a PEFT model. Vision towers are left alone.
+        what: a patcher's name ("sa"), a spec ("sa:window=256"), a Method, a PatchSpec, a list of these, a Recipe, or
+            the path of a recipe file (or "recipe:NAME").
+        layers: decoder layers of the language model, see `select_layers`; None = all that the method takes.
+        heads: query heads, `{layer: [head, ...]}` or pairs; None = all.
+        phase: "prefill", "decode" or "both"; None = the paper's own.
+        kernel: "auto", or the name of one that must run.
+        strict: a fallback (to dense, or to the reference kernel) is an error.
+        seed: sets the `seed` option of every method that has one.
+        params: options of the method, where `what` is a single name.
+
+    Raises:
+        UnknownNameError, ConfigError: a name or an option is wrong.
+        UnsupportedError: this model cannot be patched this way.
+        ConflictError: a layer would have two plans, or the same patch twice.
+    """
+    parts, runtime = _parts(what, layers, heads, phase, params)
+    kernel = kernel if kernel != "auto" else runtime.get("kernel", "auto")
+    strict = strict or runtime.get("strict", False)
+    seed = seed if seed is not None else runtime.get("seed")
+    if seed is not None:
+        parts = [_seeded(part, seed) for part in parts]
+    check_name(kernel)
+    anatomy = examine(_unwrap(model))
+    handle = PatchHandle(anatomy, parts, kernel, strict)
+    patched = _PATCHED.get(anatomy.model)
+    if patched is None:
+        patched = _PATCHED[anatomy.model] = _Patched(Engine(anatomy.num_layers))
+    handle._forwards_before = patched.engine.forwards
+    _check_conflicts([*patched.handles, handle])
+    patched.handles.append(handle)
+    try:
+        _sync(anatomy, patched)
+    except BaseException:
+        patched.handles.remove(handle)
+        _sync(anatomy, patched)
+        raise
+    return handle
+
+
+def unpatch(model: Any) -> int:
+    """Remove every patch of `model`, newest first; returns how many handles there were."""
+    handles = active(model)
+    for handle in reversed(handles):
+        handle.remove()
+    return len(handles)
+
+
+def active(model: Any) -> list[PatchHandle]:
+    """The handles on `model`, oldest first, disabled ones included."""
+    patched = _PATCHED.get(_unwrap(model))
+    return list(patched.handles) if patched is not None else []
+
+
+def is_patched(model: Any) -> bool:
+    """True while an enabled patch is on `model`."""
+    return any(handle.active for handle in active(model))
+
+
+def explain(
+    model: Any,
+    what: Any,
+    seq_len: int = 4096,
+    batch: int = 1,
+    *,
+    layers: LayerSelector = None,
+    heads: HeadSelector = None,
+    phase: PhaseSelector | None = None,
+    kernel: str = "auto",
+    **params: Any,
+) -> Explanation:
+    """What `patch` would do, without doing it.
+
+    Args:
+        model: a model, or a model id or config: then no weights are loaded.
+        seq_len: prompt length for the predicted densities, tokens.
+        batch: sequences.
+    """
+    if not isinstance(_unwrap(model), nn.Module):
+        from hfpatch.load import empty_model
+
+        model = empty_model(model)
+    parts, runtime = _parts(what, layers, heads, phase, params)
+    kernel = kernel if kernel != "auto" else runtime.get("kernel", "auto")
+    anatomy = examine(_unwrap(model))
+    bound = _bind(anatomy, parts, kernel, False)
+    return explain_bound(anatomy, bound, [str(part.method) for part in parts], seq_len, batch)
+
+
+def get_patcher(name: str) -> type[Method]:
+    """The patcher class called `name`. Raises UnknownNameError with suggestions."""
+    return METHODS.get(name)  # type: ignore[no-any-return]
+
+
+def list_patchers(family: str | None = None, supports: Any = None) -> list[type[Method]]:
+    """Registered patchers by name.
+
+    Args:
+        family: "attention", "calibration", "heads" or "vision".
+        supports: a model or config; leaves out what needs image tokens where there are none.
+    """
+    config = getattr(supports, "config", supports)
+    found = []
+    for _, cls in METHODS.items():
+        if family is not None and cls.card.family != family:
+            continue
+        if config is not None and "image tokens" in cls.card.needs and getattr(config, "image_token_id", None) is None:
+            continue
+        found.append(cls)
+    return found
+
+
+def _unwrap(model: Any) -> Any:
+    """The transformers model inside a pipeline or a PEFT model."""
+    if isinstance(model, nn.Module):
+        peft: Any = model
+        return peft.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    inner = getattr(model, "model", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _parts(
+    what: Any, layers: LayerSelector, heads: HeadSelector, phase: PhaseSelector | None, params: Mapping[str, Any]
+) -> tuple[list[Part], dict[str, Any]]:
+    """What to put on, in order of application, and the runtime settings that a recipe carries."""
+    if isinstance(what, Path) or (isinstance(what, str) and _is_recipe(what)):
+        what = load_recipe(what)
+    runtime: dict[str, Any] = {}
+    if isinstance(what, Recipe):
+        runtime = {f.name: getattr(what.runtime, f.name) for f in fields(what.runtime)}
+        what = list(what.patches)
+    items = list(what) if isinstance(what, (list, tuple)) else [what]
+    if not items:
+        raise ConfigError(
+            "nothing to patch with: the list of patches is empty. Name one, for instance with hfpatch list."
+        )
+    if params and (len(items) > 1 or not isinstance(items[0], (str, PatchSpec))):
+        raise ConfigError(
+            f"options {', '.join(params)} were given beside {what!r}, so it is not clear whose they are. "
+            'Put them into each entry, for instance "name:option=value".'
+        )
+    parts = []
+    for item in items:
+        if isinstance(item, str):
+            item = PatchSpec.parse(item)
+        if isinstance(item, PatchSpec):
+            method = get_patcher(item.use).from_options({**item.params, **params})
+            item_phase = item.phase
+            part = Part(method, _first(layers, item.layers), _first(heads, item.heads))
+        elif isinstance(item, Method):
+            method, item_phase, part = item, None, Part(item, layers, heads)
+        else:
+            raise ConfigError(
+                f"cannot patch with {item!r}: give a name, a Method, a PatchSpec, a Recipe or a list of these."
+            )
+        chosen = _first(phase, item_phase) or method.card.phase
+        if chosen not in _PHASES:
+            raise ConfigError(f"phase={chosen!r} is not one of: {', '.join(_PHASES)}.")
+        parts.append(replace(part, phase=chosen))
+    return sorted(parts, key=lambda p: _ORDER.index(p.method.card.family)), runtime
+
+
+def _seeded(part: Part, seed: int) -> Part:
+    if not any(f.name == "seed" for f in fields(part.method)):
+        return part
+    return replace(part, method=type(part.method).from_options({**part.method.options(), "seed": seed}))
+
+
+def _first(a: Any, b: Any) -> Any:
+    return a if a is not None else b
+
+
+def _is_recipe(text: str) -> bool:
+    return text.startswith("recipe:") or text.endswith((".yaml", ".yml", ".toml", ".json"))
+
+
+def _as_mapping(spec: PatchSpec) -> dict[str, Any]:
+    entries = {f.name: getattr(spec, f.name) for f in fields(spec)}
+    return {k: v for k, v in entries.items() if v not in (None, {})}
+
+
+def _bind(anatomy: Anatomy, parts: Sequence[Part], kernel: str, strict: bool) -> dict[int, list[Bound]]:
+    """What each layer gets. Raises for what this model cannot have."""
+    result: dict[int, list[Bound]] = {}
+    for part in parts:
+        method = part.method
+        chosen = select_layers(part.layers, anatomy.num_layers)
+        heads = select_heads(part.heads, anatomy.num_layers, anatomy.num_heads)
+        verbs = method.verbs()
+        if "prune" in verbs:
+            if anatomy.image_token_id is None:
+                raise UnsupportedError(
+                    f"{method.name} needs image tokens, and {type(anatomy.model).__name__} has none. "
+                    "Patchers for this model: hfpatch.list_patchers(supports=model)."
+                )
+            if anatomy.windows:
+                raise UnsupportedError(
+                    f"{method.name} cannot prune in {type(anatomy.model).__name__}: its layers "
+                    f"{format_layers(anatomy.windows)} slide a window over token distances that pruning would change."
+                )
+            at = method.prune_layers(anatomy.num_layers)
+            if wrong := [layer for layer in at if not 0 <= layer < anatomy.num_layers - 1]:
+                raise ConfigError(
+                    f"{method.name}: cannot prune after layer {wrong[0]}; the model has layers "
+                    f"0-{anatomy.num_layers - 1}, and pruning after the last one saves nothing."
+                )
+            chosen = tuple(sorted(at))
+        if "plan" in verbs:
+            usable = tuple(i for i in chosen if i in anatomy.attention and i not in anatomy.windows)
+            if not usable:
+                raise UnsupportedError(
+                    f"{method.name}: none of the chosen layers ({format_layers(chosen)}) of "
+                    f"{type(anatomy.model).__name__} has full attention that can be replaced"
+                    + (f"; layers {format_layers(anatomy.windows)} slide a window already." if anatomy.windows else ".")
+                )
+            chosen = usable
+        phases = _PHASES[part.phase]
+        for layer in chosen:
+            if layer not in anatomy.attention or (heads is not None and layer not in heads):
+                continue
+            bound = Bound(method, heads[layer] if heads is not None else None, phases, kernel, strict, {})
+            result.setdefault(layer, []).append(bound)
+    if not result:
+        raise ConfigError("the chosen layers and heads leave nothing to patch.")
+    return result
+
+
+def _check_conflicts(handles: Sequence[PatchHandle]) -> None:
+    """At most one plan a layer, and no method twice on a layer."""
+    seen: dict[tuple[int, str], list[Method]] = {}
+    for handle in handles:
+        for layer, bounds in handle._bound.items():
+            for bound in bounds:
+                seen.setdefault((layer, bound.method.name), []).append(bound.method)
+                if "plan" in bound.method.verbs():
+                    seen.setdefault((layer, "plan"), []).append(bound.method)
+    twice = {key: methods for key, methods in seen.items() if len(methods) > 1}
+    if not twice:
+        return
+    for _, name in twice:
+        if name != "plan":
+            layers = format_layers(layer for layer, other in twice if other == name)
+            raise ConflictError(
+                f"{name} is on layers {layers} already. remove() the first handle, or change it with "
+                "handle.reconfigure()."
+            )
+    first, second = next(iter(twice.values()))[:2]
+    raise ConflictError(
+        f"{first.name} and {second.name} both choose the keys in layers {format_layers(layer for layer, _ in twice)}. "
+        "Give them disjoint layers=, or remove one."
+    )
+
+
+def _sync(anatomy: Anatomy, patched: _Patched) -> None:
+    """Make the model what its enabled handles say: all hooks and entries are taken off and put on anew."""
+    for hook in patched.hooks:
+        hook.remove()
+    patched.hooks.clear()
+    for module in anatomy.attention.values():
+        attention.detach(module)
+    for module in anatomy.decoder_layers:
+        pruning.detach(module)
+    for module in (anatomy.text, *anatomy.outer):
+        request.detach(module)
+    handles = [handle for handle in patched.handles if handle.active]
+    if not handles:
+        for config in anatomy.configs():
+            if isinstance(name := config._attn_implementation, ImplementationName):
+                config._attn_implementation_internal = name.base
+        if not patched.handles:
+            _PATCHED.pop(anatomy.model, None)
+        return
+    layers = {i: Layer(patched.engine, i) for i in anatomy.attention}
+    requesters: list[Bound] = []
+    prunes = False
+    for rank in _ORDER:
+        for handle in handles:
+            for index, bounds in handle._bound.items():
+                for bound in bounds:
+                    verbs = bound.method.verbs()
+                    if bound.method.card.family != rank:
+                        continue
+                    if "plan" in verbs:
+                        layers[index].planner = bound
+                    if "adjust" in verbs:
+                        layers[index].adjusters.append(bound)
+                    if "prune" in verbs:
+                        layers[index].pruners.append(bound)
+                        prunes = True
+                    if "request" in verbs and not any(b.method is bound.method for b in requesters):
+                        requesters.append(bound)
+    attention.register()
+    for config in anatomy.configs():
+        if not isinstance(config._attn_implementation, ImplementationName):
+            config._attn_implementation_internal = ImplementationName(config._attn_implementation or "eager")
+    for index, module in anatomy.attention.items():
+        attention.attach(module, layers[index])
+    patched.hooks += request.attach_text(anatomy.text, patched.engine)
+    if prunes:
+        for index, module in enumerate(anatomy.decoder_layers):
+            patched.hooks += pruning.attach(module, patched.engine, index)
+    if prunes or requesters or anatomy.image_token_id is not None:
+        for module in anatomy.outer:
+            patched.hooks += request.attach_outer(module, patched.engine, anatomy.image_token_id, requesters)

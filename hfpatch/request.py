@@ -1,0 +1,139 @@
+"""The junction at the model's forward: what is known about a prompt before its first layer runs.
+
+The outer hook sees `input_ids` (where the image tokens are) and lets `request` methods look at the prompt; the inner
+one, at the text model, sees the cache and opens the forward that all layers share.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hfpatch.attention import Bound, Engine, Forward
+from hfpatch.call import SequenceState
+from hfpatch.methods.base import Request
+
+_OUTER: weakref.WeakKeyDictionary[nn.Module, tuple[Engine, int | None, list[Bound]]] = weakref.WeakKeyDictionary()
+_TEXT: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
+
+
+def attach_text(module: nn.Module, engine: Engine) -> list[Any]:
+    """Hook the text model; returns the hook handles."""
+    _TEXT[module] = engine
+    return [
+        module.register_forward_pre_hook(before_text, with_kwargs=True),
+        module.register_forward_hook(after_text, with_kwargs=True, always_call=True),
+    ]
+
+
+def attach_outer(module: nn.Module, engine: Engine, image_token_id: int | None, requesters: list[Bound]) -> list[Any]:
+    """Hook the whole model."""
+    _OUTER[module] = engine, image_token_id, requesters
+    return [module.register_forward_pre_hook(before_model, with_kwargs=True)]
+
+
+def detach(module: nn.Module) -> None:
+    _OUTER.pop(module, None)
+    _TEXT.pop(module, None)
+
+
+@cache
+def _parameters(cls: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs} if args else kwargs
+
+
+def _cache(named: dict[str, Any]) -> Any:
+    # renamed in transformers 5.24; the old name is accepted until 5.40
+    cache = named.get("cache")
+    return cache if cache is not None else named.get("past_key_values")
+
+
+def _past(cache: Any) -> int:
+    return int(cache.get_seq_length()) if cache is not None else 0
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    entry = _OUTER.get(module)
+    if entry is None or entry[0].bypass:
+        return None
+    engine, image_token_id, requesters = entry
+    named = _named(module, args, kwargs)
+    input_ids = named.get("input_ids")
+    engine.image_mask = None
+    if isinstance(input_ids, Tensor) and image_token_id is not None:
+        engine.image_mask = input_ids == image_token_id
+    if not requesters or _past(_cache(named)) > 0:
+        return None
+    engine.store = {}
+    changed = False
+    for bound in requesters:
+        request = Request(named, partial(_call_dense, module, engine), engine.store)
+        if (replaced := bound.method.request(request)) is not None:
+            named, changed = replaced, True
+    return ((), named) if changed else None
+
+
+def _call_dense(module: nn.Module, engine: Engine, **kwargs: Any) -> Any:
+    engine.bypass = True
+    try:
+        return module(**kwargs)
+    finally:
+        engine.bypass = False
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def before_text(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Open the forward that the layers share; find or start the state of its sequences."""
+    engine = _TEXT.get(module)
+    if engine is None or engine.bypass:
+        return
+    named = _named(module, args, kwargs)
+    cache = _cache(named)
+    past = _past(cache)
+    inputs = named.get("inputs_embeds")
+    q_len = (inputs if inputs is not None else named["input_ids"]).shape[1]
+    state = engine.states.get(cache) if cache is not None and past > 0 else None
+    if state is None:
+        state = SequenceState(store=engine.store, prompt_len=q_len if past == 0 else None)
+        engine.store = {}
+    if cache is not None:
+        engine.states[cache] = state
+    if engine.image_mask is not None and engine.image_mask.shape[1] == q_len:
+        _remember_images(state, engine.image_mask, past)
+    engine.image_mask = None
+    state.forwards += 1
+    engine.forwards += 1
+    engine.forward = Forward(past, state, prunable=not getattr(cache, "is_compileable", False))
+
+
+def _remember_images(state: SequenceState, new: Tensor, past: int) -> None:
+    """Append the image places of new tokens; a cache that was cropped takes its tail with it."""
+    if past == 0:
+        state.image_mask = new if bool(new.any()) else None
+    elif state.image_mask is not None:
+        known = state.image_mask[:, :past]
+        known = torch.nn.functional.pad(known, (0, past - known.shape[1]), value=False)
+        state.image_mask = torch.cat([known, new], 1)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def after_text(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    engine = _TEXT.get(module)
+    if engine is None or engine.bypass or engine.forward is None:
+        return
+    forward, engine.forward = engine.forward, None
+    if _cache(_named(module, args, kwargs)) is None and output is not None:
+        # the model made the cache itself
+        made = output.get("cache") if "cache" in output else output.get("past_key_values")
+        if made is not None:
+            engine.states[made] = forward.state

@@ -1,0 +1,127 @@
+"""What a handle says about itself: `explain` before a run, `report` after it. Data, and its text form."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hfpatch.selectors import format_layers
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one layer did in one phase since the last reset.
+
+    Attributes:
+        action: the plan kind, "adjust", "prune to N tokens", "dense" or "native window".
+        kernel: what computed it.
+        refused: kernels that were preferred and declined, with their reasons.
+        density: mean kept share of the causal pairs; None where nothing ran.
+    """
+
+    layer: int
+    phase: str
+    action: str
+    kernel: str
+    refused: dict[str, str]
+    calls: int
+    density: float | None
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """Realised behaviour of a handle."""
+
+    specs: list[str]
+    forwards: int
+    num_layers: int
+    layers: list[LayerReport]
+    fallbacks: dict[str, int]
+    warnings: list[str]
+
+    def density(self, phase: str = "prefill") -> float | None:
+        """Mean kept share over all decoder layers, unpatched ones counting 1.0; None if the phase never ran."""
+        seen: dict[int, float] = {}
+        for row in self.layers:
+            if row.phase == phase and row.density is not None:
+                seen[row.layer] = min(row.density, seen.get(row.layer, 1.0))
+        if not seen:
+            return None
+        return (sum(seen.values()) + self.num_layers - len(seen)) / self.num_layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {**dataclasses.asdict(self), "density": {p: self.density(p) for p in ("prefill", "extend", "decode")}}
+
+    def __str__(self) -> str:
+        rows = [(r.layer, (r.phase, r.action, r.kernel, r.calls, _percent(r.density))) for r in self.layers]
+        table = _table(("layers", "phase", "action", "kernel", "calls", "kept"), _grouped(rows))
+        notes = [f"fallback ({count}x): {reason}" for reason, count in self.fallbacks.items()]
+        return "\n".join([f"{' + '.join(self.specs)} · {self.forwards} forwards", table, *notes])
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer will do in one phase."""
+
+    layer: int
+    phase: str
+    action: str
+    kernel: str
+    refused: dict[str, str]
+    density: float | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A dry run: what will happen in which layer, and why.
+
+    Attributes:
+        order: the patches in the order in which they apply.
+        model: facts about it.
+        density: predicted kept share of causal pairs over all layers, by phase, at `seq_len` tokens.
+    """
+
+    order: list[str]
+    model: dict[str, Any]
+    seq_len: int
+    batch: int
+    layers: list[LayerPlan]
+    density: dict[str, float | None]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        facts = " · ".join(f"{k} {v}" for k, v in self.model.items())
+        rows = [
+            (r.layer, (r.phase, r.action, r.kernel, "; ".join(f"{k}: {v}" for k, v in r.refused.items()) or "–"))
+            for r in self.layers
+        ]
+        table = _table(("layers", "phase", "action", "kernel", "why not others"), _grouped(rows))
+        kept = " · ".join(f"{phase} keeps {_percent(d)}" for phase, d in self.density.items() if d is not None)
+        tail = f"at {self.seq_len} tokens: {kept}"
+        return "\n".join([f"{' + '.join(self.order)} on {facts}", table, tail, *(f"note: {n}" for n in self.notes)])
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def _grouped(rows: Iterable[tuple[int, tuple[Any, ...]]]) -> list[tuple[str, ...]]:
+    """Rows that differ in their layer only become one row."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for layer, rest in rows:
+        groups.setdefault(rest, []).append(layer)
+    return [(format_layers(layers), *map(str, rest)) for rest, layers in groups.items()]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
+    )
