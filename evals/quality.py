@@ -46,17 +46,22 @@ class Evaluation:
     def task(self, task: Task, limit: int | None = None) -> None:
         """Run the first `limit` samples of a task (all: None), then write layers.json."""
         drawn = (sample for cell in task.cells() for sample in task.draw(self.tokenizer, cell, self.seed))
-        for turn, sample in enumerate(itertools.islice(drawn, limit)):
-            wanted = [arm for arm in arms.alternated(self.names, turn) if _key(arm, task, sample) not in self.done]
-            for _ in range(len(self.names) - len(wanted)):
-                self.progress.advance(f"{_label(task, sample)} done before")
-            if task.paired and wanted:
-                self._together(task, sample, wanted)
-            else:
-                for arm in wanted:
-                    self._alone(task, sample, arm)
-        if self.handle is not None:
-            self.run.write_layers(self.layers.rows())
+        try:
+            for turn, sample in enumerate(itertools.islice(drawn, limit)):
+                self._sample(task, sample, arms.alternated(self.names, turn))
+        finally:
+            if self.handle is not None:
+                self.run.write_layers(self.layers.rows())
+
+    def _sample(self, task: Task, sample: Sample, order: Sequence[str]) -> None:
+        wanted = [arm for arm in order if _key(arm, task, sample) not in self.done]
+        for _ in range(len(order) - len(wanted)):
+            self.progress.advance(f"{_label(task, sample)} done before")
+        if task.paired and wanted:
+            self._together(task, sample, wanted)
+        else:
+            for arm in wanted:
+                self._alone(task, sample, arm)
 
     def _alone(self, task: Task, sample: Sample, arm: str) -> None:
         self._reset()
@@ -87,6 +92,7 @@ class Evaluation:
             torch.cuda.reset_peak_memory_stats(self.model.device)
 
     def _write(self, task: Task, sample: Sample, arm: str, outcome: Outcome, error: Exception | None = None) -> None:
+        facts, layers = self._patch_facts(arm)
         row: dict[str, Any] = {
             "arm": arm,
             "task": task.name,
@@ -104,13 +110,14 @@ class Evaluation:
             "prefill_ms": outcome.prefill_ms,
             "decode_ms": outcome.decode_ms,
             "peak_mem_mb": self._peak_mb(),
-            **self._patch_facts(arm),
+            **facts,
             "error": f"{type(error).__name__}: {error}" if error else None,
             **outcome.extra,
         }
         if self.save_prompts:
             row["prompt"] = sample.prompt
         self.run.append_sample(row)
+        self.layers.add(layers)
         self.progress.advance(f"{_label(task, sample)} {arm}", outcome.scores.get(task.metrics[0]))
         if error:
             self.progress.line(f"failed: {_label(task, sample)} {arm}: {row['error']}")
@@ -120,18 +127,19 @@ class Evaluation:
         device = self.model.device
         return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
 
-    def _patch_facts(self, arm: str) -> dict[str, Any]:
+    def _patch_facts(self, arm: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """What the patch did in this sample: (row keys, per layer)."""
         if arm == arms.DENSE:
-            return {"density_prefill": 1.0, "density_decode": 1.0, "kernel": self.attn, "fallbacks": {}}
+            return {"density_prefill": 1.0, "density_decode": 1.0, "kernel": self.attn, "fallbacks": {}}, []
         report = self.handle.report()
         facts = report.to_dict()
-        self.layers.add(facts["layers"])
-        return {
+        row = {
             "density_prefill": report.density("prefill"),
             "density_decode": report.density("decode"),
             "kernel": arms.kernels_used(facts),
             "fallbacks": facts["fallbacks"],
         }
+        return row, facts["layers"]
 
 
 def check_keys(tasks: Sequence[Task]) -> None:

@@ -64,15 +64,13 @@ def examine(model: Any) -> Anatomy:
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(f"{kind} is an encoder-decoder model; hfpatch patches decoder-only language models.")
-    texts = [
-        m
-        for m in model.modules()
-        if _is_model(m) and isinstance(getattr(m, "layers", None), nn.ModuleList) and m.config is config
-    ]
-    if not texts:
+    candidates = [m for m in model.modules() if _is_model(m) and m.config is config]
+    # the list is called `layers` in most families, `h` in the older ones
+    lists = [(m, list(c)) for m in candidates for c in m.children() if isinstance(c, nn.ModuleList)]
+    decoders = [(m, layers) for m, layers in lists if len(layers) == config.num_hidden_layers]
+    if not decoders:
         raise UnsupportedError(f"{kind}: no text decoder with a list of layers was found, so nothing can be patched.")
-    text = texts[0]
-    layers = list(text.layers)  # type: ignore[arg-type]
+    text, layers = decoders[0]
     found: dict[int, nn.Module] = {}
     for index, layer in enumerate(layers):
         for module in layer.modules():

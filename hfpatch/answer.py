@@ -16,7 +16,13 @@ from hfpatch.errors import ConfigError, DataMissingError, UnsupportedError
 
 @dataclass(frozen=True)
 class Answer:
-    """`prefill_ms` until the first token, `decode_ms` per further token (None without one), `peak_mb` weights included."""
+    """What came out, and what it took.
+
+    Attributes:
+        prefill_ms: until the first token.
+        decode_ms: per further token; None without one.
+        peak_mb: memory at its highest, weights included, 2**20 bytes.
+    """
 
     text: str
     tokens: list[int]
@@ -89,8 +95,8 @@ def check_length(model: Any, inputs: Mapping[str, Tensor], max_new_tokens: int) 
         raise ConfigError("the prompt is empty.")
     if limit is not None and length + max_new_tokens > limit:
         raise ConfigError(
-            f"the prompt has {length} tokens and the answer up to {max_new_tokens}, together more than the model's context "
-            f"of {limit}. Shorten the prompt or lower --max-new-tokens."
+            f"the prompt has {length} tokens and the answer up to {max_new_tokens}, more than the model's context of "
+            f"{limit} together. Shorten the prompt or lower --max-new-tokens."
         )
     return length
 

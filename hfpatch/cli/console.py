@@ -52,7 +52,16 @@ class Terminal:
         # a pipe has no width; 80 columns would cut tables
         width = None if file.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
         no_color = self.no_color or "NO_COLOR" in os.environ
-        return Console(file=file, width=width, no_color=no_color or None, markup=False, highlight=False, soft_wrap=True)
+        return Console(
+            file=file,
+            width=width,
+            no_color=no_color or None,
+            soft_wrap=True,
+            # what models write and users name is text, not markup
+            markup=False,
+            highlight=False,
+            emoji=False,
+        )
 
     def say(self, text: str, style: str = "") -> None:
         """A line for people: what happens, what to know."""
@@ -85,7 +94,7 @@ class Terminal:
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(warnings.catch_warnings())
-                warnings.showwarning = self._show_warning
+                warnings.showwarning = self._show_warning  # type: ignore[assignment]
                 if self.json:
                     stack.enter_context(contextlib.redirect_stdout(sys.stderr))
                 stack.enter_context(self._logging())
@@ -96,10 +105,7 @@ class Terminal:
                 traceback.print_exc()
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as interrupt:
-            go_on = (
-                f"Partial results are kept. Go on with: {self.resume}" if self.resume else "Nothing was left half-done."
-            )
-            self.err.print(f"interrupted. {go_on}", style="yellow")
+            self.err.print(self.farewell or "interrupted before anything was measured.", style="yellow")
             raise typer.Exit(130) from interrupt
 
     def _show_warning(self, message: Any, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:

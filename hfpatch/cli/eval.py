@@ -34,7 +34,7 @@ def add_to(app: typer.Typer) -> None:
     ) -> None:
         """Run one task, dense and patched on the same samples, and write a report.
 
-        Without -p only the dense model runs. Other options of the task: --set evals.0.NAME=VALUE (see hfpatch info TASK).
+        Without -p only the dense model runs. Other options of the task (hfpatch info TASK): --set evals.0.NAME=VALUE.
         """
         wanted: dict[str, Any] = {"task": task, "lengths": lengths, "depths": depths, "samples": samples}
         wanted = {key: value for key, value in wanted.items() if value is not None}

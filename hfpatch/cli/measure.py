@@ -75,8 +75,11 @@ def show(terminal: Terminal, done: Any, limits: Mapping[str, float]) -> None:
 
 
 def measured(results: Mapping[str, Any], metric: str) -> float | None:
-    """A number by name: `niah.contains` or `niah.number.contains` (patched where there is a patch), `fidelity.top1_agree`,
-    `bench.prefill` and `bench.decode` (dense / patched at the longest length); None if it was not measured."""
+    """A number by name, of the patched arm where there is one; None if it was not measured.
+
+    `niah.contains` or `niah.number.contains`, `fidelity.top1_agree`, `bench.prefill` and `bench.decode` (dense /
+    patched at the longest length).
+    """
     task, *subtask, name = metric.split(".")
     if task == "bench":
         return next((row["ratio"] for row in reversed(results["timing"].get(name) or [])), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,7 +165,9 @@ Function = Callable[..., None]
 def expand(function: Function) -> Function:
     """`function` with each parameter that is an option dataclass replaced by that dataclass's fields."""
     signature = inspect.signature(function, eval_str=True)
-    groups = {name: p.annotation for name, p in signature.parameters.items() if dataclasses.is_dataclass(p.annotation)}
+    groups: dict[str, Any] = {
+        name: p.annotation for name, p in signature.parameters.items() if dataclasses.is_dataclass(p.annotation)
+    }
 
     def run(**given: Any) -> None:
         built = {
@@ -221,9 +224,11 @@ def _terminal(before: GlobalOptions, after: GlobalOptions) -> Terminal:
         f.name: value if (value := getattr(after, f.name)) != getattr(defaults, f.name) else getattr(before, f.name)
         for f in dataclasses.fields(GlobalOptions)
     }
+    # read by huggingface_hub when it is imported, which happens inside the commands
     if merged["offline"]:
-        # read by huggingface_hub when it is imported, which happens inside the commands
         os.environ["HF_HUB_OFFLINE"] = "1"
+    if merged["quiet"] or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return Terminal(**merged)
 
 
@@ -237,7 +242,10 @@ def offline(terminal: Terminal) -> bool:
 def patch_specs(options: PatchOptions) -> list[PatchSpec]:
     """The patches named with -p; --layers, --heads and --phase go to those that say nothing themselves."""
     specs = [PatchSpec.parse(text) for text in options.patch or ()]
-    shared = {"layers": parse_selector(options.layers) if options.layers is not None else None, "phase": options.phase}
+    shared: dict[str, Any] = {
+        "layers": parse_selector(options.layers) if options.layers is not None else None,
+        "phase": options.phase,
+    }
     if options.heads is not None:
         shared["heads"] = parse_value(options.heads) if options.heads.lstrip()[:1] in ("{", "[") else options.heads
     if any(value is not None for value in shared.values()) and not specs:
@@ -306,13 +314,8 @@ def empty_model(recipe: Recipe, offline: bool) -> Any:
     spec = recipe.model
     if not spec.id:
         raise ConfigError("the recipe names no model. Add model: {id: ...} to it, or --set model.id=...")
-    return build(
-        spec.id,
-        attn=spec.load_options()["attn"],
-        revision=spec.revision,
-        trust_remote_code=spec.trust_remote_code,
-        offline=offline,
-    )
+    where = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code, "offline": offline}
+    return build(spec.id, attn=spec.load_options()["attn"], **where)
 
 
 def gates(texts: list[str] | None) -> dict[str, float]:

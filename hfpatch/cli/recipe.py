@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -46,10 +47,7 @@ def add_to(app: typer.Typer) -> None:
     ) -> None:
         """Write a recipe to start from. Never overwrites."""
         specs = patch_specs(patches)
-        entries = [
-            {"use": s.use, "params": s.params, "layers": s.layers, "heads": s.heads, "phase": s.phase} for s in specs
-        ]
-        lean = [{key: value for key, value in entry.items() if value not in (None, {})} for entry in entries]
+        lean = [{key: value for key, value in asdict(spec).items() if value not in (None, {})} for spec in specs]
         text = "".join(f"  {line}\n" for line in dump_yaml(lean).splitlines()).rstrip("\n") if lean else "  []"
         if file.suffix not in (".yaml", ".yml"):
             raise ConfigError(f"{str(file)!r} must end in .yaml.")

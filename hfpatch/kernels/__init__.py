@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hfpatch.call import AttentionCall, split_padding
+from hfpatch.call import AttentionCall, Layout, find_layouts, split_padding
 from hfpatch.errors import KernelUnavailableError, UnknownNameError
 from hfpatch.plan import Plan, Window
 
@@ -77,11 +77,12 @@ def attend(call: AttentionCall, plan: Plan, kernel: str = "auto") -> tuple[Tenso
 def _attend_padded(call: AttentionCall, plan: Plan, kernel: str) -> tuple[Tensor, Tensor]:
     """A window counts real tokens, so padded rows run without their padding."""
     out, lse = empty_result(call)
-    for part in split_padding(replace(call, need_lse=True)):
+    assert call.mask is not None
+    for part in split_padding(replace(call, need_lse=True), find_layouts(call.mask, call.q_offset)):
         part_out, part_lse = choose(part.call, plan, kernel).run(part.call, plan)
         assert part_lse is not None
-        put_rows(out, part.rows, part.queries, part_out)
-        put_rows(lse, part.rows, part.queries, part_lse)
+        put_rows(out, part.layout, part_out)
+        put_rows(lse, part.layout, part_lse)
     return out, lse
 
 
@@ -91,10 +92,10 @@ def empty_result(call: AttentionCall) -> tuple[Tensor, Tensor]:
     return out, torch.full(call.query.shape[:-1], float("-inf"), device=call.query.device)
 
 
-def put_rows(target: Tensor, rows: list[int], queries: slice | Tensor, part: Tensor) -> None:
-    """Write the result of a `Row` back: target [B, H, q_len, ...], part [len(rows), H, len(queries), ...]."""
-    for n, row in enumerate(rows):
-        target[row, :, queries] = part[n]
+def put_rows(target: Tensor, layout: Layout, part: Tensor) -> None:
+    """Write the result of a `Part` back: target [B, H, q_len, ...], part [rows, H, queries, ...]."""
+    for n, row in enumerate(layout.rows):
+        target[row, :, layout.queries] = part[n]
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

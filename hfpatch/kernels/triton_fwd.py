@@ -288,6 +288,7 @@ def window_fwd_kernel(
         real_query = tl.load(padding + batch * kv_len + position, mask=inside, other=0) != 0
         position = tl.where(real_query, position, -1)
 
+    oldest = position - window
     # In tiles: [0, sinks_end) for the sinks, [begin, end) for the window, of which every row sees [whole, whole_end).
     begin = tl.maximum(low - window + 1, 0) // BLOCK_N
     end = high // BLOCK_N + 1
@@ -308,8 +309,8 @@ def window_fwd_kernel(
         at = tl.where(at >= whole, at + whole_end - whole, at)
         start = tl.cast(at * BLOCK_N, tl.int64)
         key = at * BLOCK_N + n
-        age = position[:, None] - key[None, :]
-        keep = (age >= 0) & ((age < window) | (key < sink)[None, :])
+        keep = (key[None, :] > oldest[:, None]) | (key < sink)[None, :]
+        keep &= key[None, :] <= position[:, None]
         if PADDED:
             keep &= (tl.load(padding + batch * kv_len + key, mask=key < kv_len, other=0) != 0)[None, :]
         # [N, D]
@@ -382,7 +383,8 @@ def permuted_fwd_kernel(
     query = tl.load(queries + which * q_len + place, mask=inside, other=0)
     slot = tl.load(slots + which * q_len + place, mask=inside, other=0)
     head = group * HEADS + row % HEADS
-    position = query + kv_len - q_len
+    newest = query + kv_len - q_len - local
+    first_slot, last_slot = slot - before, slot + after
     low = tl.load(slots + which * q_len + tile * BLOCK_M // HEADS)
     high = tl.load(slots + which * q_len + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // HEADS, q_len - 1))
     k_base = k + batch * k_b + group.to(tl.int64) * k_h
@@ -414,13 +416,14 @@ def permuted_fwd_kernel(
         if CIRCULAR:
             at = tl.where(at >= kv_len, at - kv_len, at)
         key = tl.load(order + which * kv_len + at, mask=listed, other=0)
-        distance = slot[:, None] - at[None, :]
-        keep = (distance <= before) & (distance >= -after)
+        # causal, not in the local window, not a sink, in the band
+        key_or_never = tl.where(listed & (key >= sink), key, kv_len)
+        keep = key_or_never[None, :] <= newest[:, None]
+        near = (at[None, :] >= first_slot[:, None]) & (at[None, :] <= last_slot[:, None])
         if CIRCULAR:
-            keep |= (distance + kv_len <= before) | (distance - kv_len >= -after)
-        # causal, and not in the local window
-        keep &= position[:, None] - key[None, :] >= local
-        keep &= (listed & (key >= sink))[None, :]
+            near |= at[None, :] - kv_len >= first_slot[:, None]
+            near |= at[None, :] + kv_len <= last_slot[:, None]
+        keep &= near
         # [N, D]
         k_tile = _load_rows(k_base, key.to(tl.int64), k_t, listed, HEAD_DIM, BLOCK_D, True)
         v_tile = _load_rows(v_base, key.to(tl.int64), v_t, listed, HEAD_DIM, BLOCK_D, True)

@@ -227,16 +227,16 @@ def _columns(rows: Sequence[Sequence[Any]]) -> dict[Any, str]:
 def _heatmap_svg(name: str, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     panels, columns, depths = _panels(header, rows), _columns(rows), sorted({row[1] for row in rows})
     counts = {(row[0], row[1]): row[3] for row in rows}
-    w, h, left, gap = (72 if len(columns) <= 3 else 46), 24, 52, 26
+    w, h, left, gap = (72 if len(columns) <= 3 else 46 if len(columns) <= 6 else 40), 24, 52, 26
     panel_w, panel_h = w * len(columns), h * len(depths)
     # Three abreast while they fit a page, else one below the other.
-    abreast = len(panels) if left + len(panels) * (panel_w + gap) <= 1200 else 1
-    pitch = panel_h + 74
+    abreast = len(panels) if left + len(panels) * (panel_w + gap) <= 1350 else 1
+    pitch = panel_h + 62
     down = math.ceil(len(panels) / abreast)
     width = max(left + abreast * (panel_w + gap), 620)
     lines = textwrap.wrap(title, width // 7)
     top = 16 * len(lines) + 32
-    height = top + down * pitch + 44
+    height = top + down * pitch + 28
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'role="img" aria-label="{escape(title)}" font-family="system-ui, sans-serif" font-size="11" fill="{INK}">',
@@ -274,14 +274,14 @@ def _heatmap_svg(name: str, title: str, header: Sequence[str], rows: Sequence[Se
         for i, (length, tokens) in enumerate(columns.items()):
             text(x0 + (i + 0.5) * w, y0 + panel_h + 14, tokens_text(length))
             text(x0 + (i + 0.5) * w, y0 + panel_h + 27, tokens, more=' font-size="9" opacity=".7"')
-    text(left, height - 52, "context length (mean prompt tokens) →   ·   needle depth ↓", "start", ' opacity=".7"')
+    text(left, height - 42, "context length (mean prompt tokens) →   ·   needle depth ↓", "start", ' opacity=".7"')
     for x, panel in zip((left, left + 260), {p.low: p for p in panels}.values(), strict=False):
         low, high = ("−1", "+1 difference") if panel.low < 0 else ("0", "1 score")
-        text(x + 14, height - 18, low, "end")
+        text(x + 14, height - 8, low, "end")
         for i in range(14):
             colour = panel.colour(panel.low + (1 - panel.low) * i / 13)
-            out.append(f'<rect x="{x + 18 + 10 * i}" y="{height - 28}" width="10" height="12" fill="{colour}"/>')
-        text(x + 164, height - 18, high, "start")
+            out.append(f'<rect x="{x + 18 + 10 * i}" y="{height - 18}" width="10" height="12" fill="{colour}"/>')
+        text(x + 164, height - 8, high, "start")
     return "\n".join([*out, "</svg>\n"])
 
 
@@ -336,9 +336,7 @@ def _latency_chart(results: Mapping[str, Any]) -> Chart | None:
         return None
     about = timing["circumstances"]
     title = f"{_subject(results)} · against {about['baseline'] or 'dense'} · {about['device_name'] or about['device']}"
-    caption = "Times: median with interquartile range. " + " ".join(
-        f"{what.capitalize()}: {timing['break_even'][what]['text']}." for what in ("prefill", "decode") if timing[what]
-    )
+    caption = "Times: median with interquartile range. Dashed: break-even length."
     header = ("what", "length", "arm", "median_ms", "q1_ms", "q3_ms", "min_ms", "n", "break_even_length")
     return Chart("latency", title, caption, header, rows, _draw_latency)
 
@@ -366,9 +364,10 @@ def _draw_latency(chart: Chart) -> Any:
             axes.set_yscale("log")
         else:
             axes.set_ylim(0, 1.15 * max(row[5] for row in rows))
+        axes.yaxis.set_major_formatter(lambda ms, _: f"{ms:,g}")
         limit = rows[0][8]
         if limit is not None:
-            axes.axvline(limit, color=INK, lw=0.9, ls="--")
+            axes.axvline(limit, ymax=0.72, color=INK, lw=0.9, ls="--")
             axes.annotate(
                 f"break-even ≈ {tokens_text(float(f'{limit:.2g}'))}",
                 (limit, 0.03),
@@ -475,6 +474,7 @@ def _draw_fidelity(chart: Chart) -> Any:
     axes = figure.subplots()
     values = chart.column("attn_cosine")
     axes.plot(chart.column("layer"), values, color=ARM_COLOURS["patched"], marker="o", ms=3.5, lw=1.5)
+    axes.margins(x=0.02)
     room = max(1 - min(values), 0.01)
     axes.set(xlabel="layer", ylabel="cosine", ylim=(min(values) - 0.15 * room, 1 + 0.08 * room))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -180,10 +180,18 @@ def _sections(results: Mapping[str, Any], pictures: Mapping[str, Picture]) -> li
 def _what_was_run(results: Mapping[str, Any]) -> list[Block]:
     recipe, about = results["recipe"], results["timing"]["circumstances"]
     model, runtime = recipe.get("model") or {}, recipe.get("runtime") or {}
-    versions = {k: about.get(k) or _find(results["env"], k) for k in ("hfpatch", "torch", "transformers")}
+    env = results["env"]
+    versions = {k: about.get(k) or _find(env, k) for k in ("hfpatch", "torch", "transformers")}
     device = [str(about[key]) for key in ("device", "device_name") if about.get(key)]
     if about.get("threads"):
         device.append(f"{about['threads']} threads")
+    if not device:
+        machine = [
+            env.get("platform"),
+            (env.get("cpu") or {}).get("model"),
+            *(g.get("name") for g in env.get("gpus") or []),
+        ]
+        device = [str(part) for part in machine if part]
     facts = {
         "model": results["model"],
         "revision": model.get("revision"),
@@ -202,7 +210,7 @@ def _what_was_run(results: Mapping[str, Any]) -> list[Block]:
         Table(("what", "value"), [(key, str(v)) for key, v in facts.items() if v not in (None, "")], ("what", "value"))
     ]
     commands = ["hfpatch apply recipe.resolved.yaml"] if model.get("id") else []
-    if argv := results["env"].get("argv"):
+    if argv := env.get("argv"):
         commands.insert(0, f"# run as\n{shlex.join(map(str, argv))}\n# the same again, from this folder")
     if commands:
         blocks.append(Code("\n".join(commands)))
@@ -339,6 +347,7 @@ def _timing(results: Mapping[str, Any], pictures: Mapping[str, Picture]) -> list
     blocks += [pictures[name] for name in ("latency",) if name in pictures]
     if timing["memory"]:
         blocks.append(_memory_table(timing["memory"]))
+        blocks.append(Text("MB = 2²⁰ bytes. Peaks include the weights."))
     return blocks + [pictures[name] for name in ("memory",) if name in pictures]
 
 
@@ -372,8 +381,8 @@ def _density(results: Mapping[str, Any], pictures: Mapping[str, Picture]) -> lis
     blocks: list[Block] = []
     kept = [f"{phase} {100 * density[phase]:.1f} %" for phase in ("prefill", "decode") if density[phase] is not None]
     if kept:
-        asked = "" if density["asked"] is None else f"; asked for {100 * density['asked']:.1f} %"
-        text = f"Kept share of the causal pairs, mean over all layers and samples: {', '.join(kept)}{asked}."
+        asked = results["patch"] if density["asked"] is None else f"{100 * density['asked']:.1f} % ({results['patch']})"
+        text = f"Asked for {asked}. Kept of the causal pairs, over all layers and samples: {', '.join(kept)}."
         blocks.append(Text(text))
         rows = [
             [tokens_text(d["length"])]

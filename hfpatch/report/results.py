@@ -83,20 +83,20 @@ def patch_text(patch: Row) -> str:
 def verdict(results: Results) -> dict[str, str]:
     """The first line of the report: `state` (good | unclear | bad | none), the same as a `word`, and the `text`.
 
-    good: the 95 % interval stays within one point of dense or above. bad: it lies wholly below. unclear: neither, or
-    fewer than 20 pairs.
+    good: the 95 % interval stays within one point of dense or above, with at least 20 pairs. bad: it lies wholly
+    below. unclear: neither. With several tasks the worst decides, and is named first.
     """
     overall = [q for q in results["quality"] if q["headline"] and q["overall"] and q["delta"] is not None]
-    states, parts = [], []
+    severity = ("bad", "unclear", "good")
+    states = {id(q): "unclear" if q["indicative"] and reading(q) == "good" else reading(q) for q in overall}
+    overall.sort(key=lambda q: severity.index(states[id(q)]))
+    worst = states[id(overall[0])] if overall else "none"
+    parts = []
     for q in overall:
-        low, high = q["ci"]
-        states.append("unclear" if q["indicative"] and reading(q) == "good" else reading(q))
+        low, high = (signed(100 * end, 1) for end in q["ci"])
         few = ", indicative" if q["indicative"] else ""
-        parts.append(
-            f"{table_label(q)} {q['metric']} {signed(100 * q['delta'], 1)} pts "
-            f"[{signed(100 * low, 1)}, {signed(100 * high, 1)}] (n={q['n']}{few})"
-        )
-    worst = next((s for s in ("bad", "unclear", "good") if s in states), "none")
+        delta = signed(100 * q["delta"], 1)
+        parts.append(f"{table_label(q)} {q['metric']} {delta} pts [{low}, {high}] (n={q['n']}{few})")
     if len(parts) > 3:
         parts[3:] = [f"{len(parts) - 3} more in the table"]
     for row in results["fidelity"]["rows"]:
@@ -444,9 +444,7 @@ def _expect(wanted: Sequence[Row], quality: Sequence[Row], fidelity: Row, patche
 
 
 def _warnings(results: Results, env: Row) -> list[str]:
-    notes = []
-    if env.get("limit") is not None:
-        notes.append(f"LIMITED RUN – only the first {env['limit']} samples of a cell, not comparable.")
+    notes = [str(note) for note in env.get("notes") or []]
     if few := {table_label(q) for q in results["quality"] if q["indicative"] and q["headline"]}:
         notes.append(f"Rows with fewer than {INDICATIVE} samples are only indicative: {', '.join(sorted(few))}.")
     if results["unpaired"]:
