@@ -24,7 +24,7 @@ def alternated(arms: Sequence[str], turn: int) -> list[str]:
 
 def running(handle: Any, arm: str) -> AbstractContextManager[Any]:
     """Inside, the model is that arm."""
-    switched: AbstractContextManager[Any] = nullcontext() if True else handle.disabled()
+    switched: AbstractContextManager[Any] = nullcontext() if handle is None or arm == PATCHED else handle.disabled()
     return switched
 
 

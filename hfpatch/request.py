@@ -48,7 +48,10 @@ def _parameters(cls: Any) -> tuple[str, ...]:
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs} if args else kwargs
+    if not args:
+        return kwargs
+    kind: Any = type(module)
+    return {**dict(zip(_parameters(kind), args, strict=False)), **kwargs}
 
 
 def _cache(named: dict[str, Any]) -> Any:

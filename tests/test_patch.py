@@ -329,7 +329,8 @@ def test_unknown_names(model, what, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"widow": 3}, "Did you mean 'window'"), ({"window": "x"}, "wrong type str"),
-     ({"window": 2.5}, "wrong type float"), ({"window": True}, "wrong type bool"), ({"align": "tokens"}, "not one of: token, block"), ({"sink": -1}, ">= 0")],
+     ({"window": 2.5}, "wrong type float"), ({"window": True}, "wrong type bool"),
+     ({"align": "tokens"}, "not one of: token, block"), ({"sink": -1}, ">= 0")],
 )  # fmt: skip
 def test_bad_options_say_what_and_why(model, options, message):
     with pytest.raises(ConfigError, match=message):

@@ -207,9 +207,11 @@ def test_expected_numbers(tmp_path: Path) -> None:
         {"metric": "ruler.contains", "value": 0.5, "tol": 0.1, "source": ""},
     ]
     run = new_run(tmp_path, {"expect": expect})
-    for id in range(4):
+    for id in range(3):
         both(run, 1024, 0, id, 1, id > 0)
+    both(run, 2048, 0, 0, 1, 1)
     found = summarise(run)["expect"]
+    # over the four samples, not over the two lengths
     assert [(e["ours"], e["within"]) for e in found] == [(0.75, False), (0.75, True), (0.375, None), (None, None)]
     assert found[0]["difference"] == pytest.approx(-0.23) and found[3]["difference"] is None
 
@@ -339,7 +341,7 @@ def test_a_repeated_bench_counts_its_last_rows(tmp_path: Path) -> None:
         # log(ratio) goes from -log 2 to +log 2, so it crosses zero at the geometric mean of 1k and 4k
         ({1024: 0.5, 4096: 2.0}, 2048, "slower than dense below ≈ 2,000 tokens"),
         # the last crossing counts
-        ({1024: 2.0, 2048: 0.5, 8192: 2.0}, 4096, "slower than dense below ≈ 4,100 tokens"),
+        ({512: 0.5, 1024: 2.0, 2048: 0.5, 8192: 2.0}, 4096, "slower than dense below ≈ 4,100 tokens"),
         ({1024: 0.5, 4096: 0.9}, None, "none in range: 1.11× slower at 4k"),
         ({1024: 0.5, 4096: 0.99}, None, "none in range: about equal at 4k"),
         ({1024: 0.99, 4096: 2.0}, None, "nowhere slower than dense, faster from 4k on"),

@@ -158,10 +158,16 @@ def test_open_explains_what_is_missing(tmp_path: Path, run: RunDir) -> None:
         run.recipe()
 
 
-def test_results_are_replaced_whole_or_not_at_all(run: RunDir) -> None:
+def test_results_are_replaced_whole_or_not_at_all(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*paths: object) -> None:
+        raise KeyboardInterrupt
+
     run.write_results({"x": 1})
     with pytest.raises(TypeError):
         run.write_results({"x": object()})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("os.replace", fail)
+        run.write_results({"x": 3})
     assert run.results() == {"x": 1}
     run.write_results({"x": 2})
     assert run.results() == {"x": 2}

@@ -220,7 +220,7 @@ def _columns(rows: Sequence[Sequence[Any]]) -> dict[Any, str]:
     out = {}
     for length in sorted({row[0] for row in rows}):
         tokens = [row[2] for row in rows if row[0] == length and row[2] is not None]
-        out[length] = f"{round(math.fsum(tokens) / len(tokens)):,}" if tokens else ""
+        out[length] = f"{round(sum(tokens) / len(tokens)):,}" if tokens else ""
     return out
 
 

@@ -34,7 +34,7 @@ def summarise(run: RunDir) -> Results:
     The headline metric of a task is the first key of its rows' `scores`. Raises DataMissingError for damaged files.
     """
     recipe = run.recipe()
-    # A sample that is there twice counts once, as last written.
+    # A sample that is there twice counts once, as last written. Sorted, because float sums depend on the order.
     samples = list({sample_key(row): row for row in run.samples()}.values())
     samples.sort(key=lambda row: json.dumps(sample_key(row), default=str))
     bench = list({(r["arm"], r["what"], r["length"], r["repeat"]): r for r in run.bench()}.values())
@@ -157,9 +157,9 @@ def _length(row: Row) -> Any:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """Mean of what is not None; fsum, so that the order of the rows does not show."""
+    """Mean of what is not None."""
     found = [v for v in values if v is not None]
-    return math.fsum(found) / len(found) if found else None
+    return sum(found) / len(found) if found else None
 
 
 def _score(row: Row, metric: str) -> float:
@@ -319,7 +319,7 @@ def _density(recipe: Row, rows: Sequence[Row], layers: Sequence[Row]) -> dict[st
         "decode": _mean(row["density_decode"] for row in rows),
         "by_length": by_length,
         "layers": [
-            {"layer": layer, "phase": phase, "density": math.fsum(d * n for d, n in part) / sum(n for _, n in part)}
+            {"layer": layer, "phase": phase, "density": sum(d * n for d, n in part) / sum(n for _, n in part)}
             for (_, phase, layer), part in sorted(calls.items())
         ],
     }

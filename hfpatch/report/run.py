@@ -217,12 +217,9 @@ def _rename_free(new: Path, base: Path, stem: str) -> Path:
     """Rename `new` to the first free `base/stem[-N]`; renaming onto a directory that has files fails everywhere."""
     for number in range(1, 1000):
         path = base / (stem if number == 1 else f"{stem}-{number}")
-        if path.exists():
-            continue
         try:
             new.rename(path)
         except OSError:
-            # Another process took the name since the line above; anything else is a real error.
             if not path.exists():
                 raise
             continue
