@@ -104,7 +104,7 @@ class Bencher:
                     ms = measure(arm)
                 if turn >= self.bench.warmup:
                     self._write(what, arm, tokens, turn - self.bench.warmup, ms)
-                elif False:
+                elif turn == 0 and what == "prefill":
                     self._write("first_call", arm, tokens, 0, ms)
                 else:
                     self.progress.advance(f"warm-up {what} {tokens.shape[1]} {arm}")

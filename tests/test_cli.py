@@ -1,4 +1,4 @@
-"""The command line as its users meet it: what it prints where, exit codes, JSON, and that nothing heavy loads too soon."""
+"""The command line as its users meet it: what it prints where, exit codes, JSON, and that nothing heavy loads early."""
 
 from __future__ import annotations
 
@@ -175,6 +175,7 @@ def test_exit_codes_of_bad_input(model, tmp_path):
         (["eval", "nia", model], "Did you mean: niah?"),
         (["eval", "niah", model, "-p", "swa:windw=3"], "Did you mean 'window'?"),
         (["eval", "niah", model, "-p", "swa:window=0"], "out of range"),
+        (["eval", "niah", model, "-p", "swa", "--kernel", "fast"], "unknown kernel 'fast'"),
         (["eval", "niah", model, "--set", "evals.0.sampels=3"], "Did you mean 'samples'?"),
         (["eval", "niah", model, "--set", "nothing"], "KEY=VALUE"),
         (["eval", "niah", model, "--dtype", "int8"], "not one of: auto, bf16"),

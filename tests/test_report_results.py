@@ -93,7 +93,7 @@ def test_quality_by_hand(tmp_path: Path) -> None:
     assert cells == [(1024, 0, 1020.0, 4, 0.75, 0.5, -0.25), (2048, 50, 2044.0, 20, 1.0, 1.0, 0.0)]
     assert results["density"]["asked"] == 0.25
     assert results["density"]["prefill"] == pytest.approx(0.3) and results["density"]["decode"] == 0.5
-    assert results["arms"] == {"dense": 26, "patched": 26}
+    assert results["arms"] == {"dense": 26, "patched": 26} and results["baseline"] == "sdpa"
 
 
 def test_one_length_is_its_own_overall(tmp_path: Path) -> None:
@@ -276,6 +276,7 @@ def test_the_same_rows_in_any_order_give_the_same_bytes(tmp_path: Path) -> None:
         ([(1, 0)] * 15 + [(1, 1)] * 15, "bad"),
         ([(1, 0)] * 2 + [(0, 1)] * 2 + [(1, 1)] * 26, "unclear"),
         ([(0, 1)] * 15 + [(1, 1)] * 15, "good"),
+        ([(0, 0)] * 30, "unclear"),
     ],
 )
 def test_verdict_follows_the_interval(tmp_path: Path, pairs: list[tuple[int, int]], state: str) -> None:

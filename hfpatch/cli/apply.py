@@ -15,6 +15,7 @@ from hfpatch.cli.options import (
     PatchOptions,
     RunOptions,
     build_recipe,
+    check_patches,
     command,
     empty_model,
     is_recipe,
@@ -61,6 +62,7 @@ def add_to(app: typer.Typer) -> None:
             return
         if compare and not recipe.patches:
             raise ConfigError("--compare needs something to compare with: name a patch with -p NAME.")
+        check_patches(recipe)
         if options.dry_run:
             _plan(terminal, recipe)
             return

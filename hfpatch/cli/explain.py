@@ -11,6 +11,7 @@ from hfpatch.cli.options import (
     ModelOptions,
     PatchOptions,
     build_recipe,
+    check_patches,
     command,
     empty_model,
     is_recipe,
@@ -42,6 +43,7 @@ def add_to(app: typer.Typer) -> None:
         recipe, _ = build_recipe(given, terminal, patches, models)
         if not recipe.patches:
             raise ConfigError("there is nothing to explain: name a patch with -p NAME, for instance -p sa.")
+        check_patches(recipe)
         length = parse_size(seq_len)
         if not isinstance(length, int) or length < 1:
             raise ConfigError(f"--seq-len {seq_len} is not a number of tokens, for instance 4096 or 4k.")

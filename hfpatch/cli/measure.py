@@ -9,13 +9,14 @@ import typer
 from rich.table import Table
 
 from hfpatch.cli.console import Terminal, table
-from hfpatch.cli.options import RunOptions, empty_model, gates, offline
+from hfpatch.cli.options import RunOptions, check_patches, empty_model, gates, offline
 from hfpatch.recipe import Recipe
 
 
 def run(terminal: Terminal, recipe: Recipe, options: RunOptions) -> None:
     """Run a recipe and show what came out; exit 4 if a gate fails."""
     limits = gates(options.fail_under)
+    check_patches(recipe)
     if options.dry_run:
         plan(terminal, recipe, options.limit)
         return

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from hfpatch.cli.console import Terminal
-from hfpatch.errors import ConfigError
+from hfpatch.errors import ConfigError, UnknownNameError
 from hfpatch.recipe import PatchSpec, Recipe, parse_selector, parse_value, resolve
 
 _GLOBAL, _MODEL, _PATCH, _RUN = "Global options", "Model options", "Patch options", "Run options"
@@ -305,6 +305,17 @@ def build_recipe(
             raise ConfigError(f"--set {text!r} is not of the form KEY=VALUE, for instance runtime.seed=1.")
         flags[key.strip()] = (parse_value(value), "--set")
     return resolve(source, flags)
+
+
+def check_patches(recipe: Recipe) -> None:
+    """Raise for a patcher, option or kernel that does not exist, before minutes go into loading a model."""
+    import hfpatch
+    from hfpatch.kernels import KERNELS
+
+    for spec in recipe.patches:
+        hfpatch.get_patcher(spec.use).from_options(spec.params)
+    if recipe.runtime.kernel not in ("auto", *KERNELS):
+        raise UnknownNameError(f"unknown kernel {recipe.runtime.kernel!r}. Available: auto, {', '.join(KERNELS)}.")
 
 
 def empty_model(recipe: Recipe, offline: bool) -> Any:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hfpatch.cli.console import Terminal, table
-from hfpatch.cli.options import PatchOptions, build_recipe, command, patch_specs
+from hfpatch.cli.options import PatchOptions, build_recipe, check_patches, command, patch_specs
 from hfpatch.errors import ConfigError
 from hfpatch.recipe import Recipe, dump_yaml
 
@@ -81,11 +81,9 @@ def add_to(app: typer.Typer) -> None:
     def validate(terminal: Terminal, file: Annotated[str, _RECIPE], patches: PatchOptions) -> None:
         """Check a recipe down to the options of its patchers and tasks. Loads no weights."""
         recipe, _ = build_recipe(file, terminal, patches)
-        import hfpatch
         from hfpatch.evals.work import Work
 
-        for spec in recipe.patches:
-            hfpatch.get_patcher(spec.use).from_options(spec.params)
+        check_patches(recipe)
         if recipe.evals or recipe.bench is not None:
             Work.of(recipe)
         terminal.result({"valid": True, "name": recipe.name, "hash": recipe.hash()}, f"{file} is valid.")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hfpatch.cli.console import Terminal
-from hfpatch.cli.options import ModelOptions, PatchOptions, build_recipe, command, is_recipe, source
+from hfpatch.cli.options import ModelOptions, PatchOptions, build_recipe, check_patches, command, is_recipe, source
 from hfpatch.errors import ConfigError
 from hfpatch.recipe import parse_size
 
@@ -26,6 +26,7 @@ def add_to(app: typer.Typer) -> None:
         recipe, _ = build_recipe(given, terminal, patches, models)
         if not recipe.patches:
             raise ConfigError("there is nothing to verify: name a patch with -p NAME, for instance -p sa.")
+        check_patches(recipe)
         from hfpatch.load import load
         from hfpatch.verify import verify as check
 

@@ -212,7 +212,7 @@ def _common(
         "HAS_SINKS": call.sinks is not None,
         "CAPPED": call.softcap is not None,
         # fp32 callers want fp32, not TF32
-        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d,
         "BLOCK_M": block_m,

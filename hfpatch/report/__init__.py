@@ -1,1 +1,1 @@
-""""""
+"""Rows on disk to results.json, figures, Markdown and HTML."""

@@ -183,8 +183,8 @@ def _what_was_run(results: Mapping[str, Any]) -> list[Block]:
     env = results["env"]
     versions = {k: about.get(k) or _find(env, k) for k in ("hfpatch", "torch", "transformers")}
     device = [str(about[key]) for key in ("device", "device_name") if about.get(key)]
-    if about.get("threads"):
-        device.append(f"{about['threads']} threads")
+    if threads := about.get("threads"):
+        device.append(f"{threads} thread{'s' * (threads > 1)}")
     if not device:
         machine = [
             env.get("platform"),
@@ -197,7 +197,7 @@ def _what_was_run(results: Mapping[str, Any]) -> list[Block]:
         "revision": model.get("revision"),
         "dtype": about.get("dtype") or model.get("dtype"),
         "patches": "; ".join(map(patch_text, recipe.get("patches") or [])) or "none (dense)",
-        "dense baseline": about.get("baseline") or model.get("attn"),
+        "dense baseline": about.get("baseline") or results["baseline"] or model.get("attn"),
         "kernel": runtime.get("kernel"),
         "device": " · ".join(dict.fromkeys(device)),
         "versions": " · ".join(f"{name} {version}" for name, version in versions.items() if version),
@@ -447,16 +447,16 @@ def _lost(results: Mapping[str, Any]) -> list[Block]:
 
 
 def _environment(results: Mapping[str, Any]) -> list[Block]:
-    rows = [[key, text] for key, text in _flat("", results["env"])]
+    rows = [[key, text] for key, text in _flat("", results["env"]) if text]
     return [Table(("key", "value"), rows, ("key", "value"), "env.json")] if rows else []
 
 
 def _flat(prefix: str, value: Any) -> list[tuple[str, str]]:
-    """Nested data as (dotted key, text); lists of plain values stay on one line."""
+    """Nested data as (dotted key, text); list entries go by their `name`, lists of plain values stay on one line."""
     if isinstance(value, Mapping):
         items = list(value.items())
     elif isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
-        items = list(enumerate(value))
+        items = [(item.get("name", n) if isinstance(item, Mapping) else n, item) for n, item in enumerate(value)]
     else:
         text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
         return [(prefix, text)]

@@ -54,6 +54,7 @@ def summarise(run: RunDir) -> Results:
         "recipe": recipe,
         "model": str((recipe.get("model") or {}).get("id") or "model"),
         "patch": " + ".join(map(patch_text, recipe.get("patches") or [])) or DENSE,
+        "baseline": ", ".join(sorted({str(row["kernel"]) for row in samples if row["arm"] == DENSE and row["kernel"]})),
         "arms": {arm: sum(row["arm"] == arm for row in samples) for arm in (DENSE, patched) if arm},
         "unpaired": _unpaired([*scored, *controls], patched),
         "quality": quality,
@@ -123,6 +124,9 @@ def verdict(results: Results) -> dict[str, str]:
 def reading(row: Row) -> str:
     """What the interval of a quality row says: good, unclear or bad, see `verdict`."""
     low, high = row["ci"]
+    # What neither arm can do says nothing about the patch.
+    if not row["dense"] and not row["patched"]:
+        return "unclear"
     return "good" if low >= -0.01 else "bad" if high < 0 else "unclear"
 
 
@@ -544,7 +548,7 @@ def _break_even(points: Sequence[tuple[float, float]]) -> dict[str, Any]:
 def _timing_notes(timing: Results) -> list[str]:
     notes, about = [], timing["circumstances"]
     if str(about.get("device", "")).startswith("cpu"):
-        threads = f" ({about['threads']} threads)" if about["threads"] else ""
+        threads = f" ({about['threads']} threads)" if (about["threads"] or 0) > 1 else ""
         notes.append(f"Timed on CPU{threads}: reference path, not a performance claim.")
         if timing["memory"]:
             notes.append("Memory on CPU is the change of resident memory, approximate.")
