@@ -198,7 +198,8 @@ def load(
         raise ConfigError(f"device={device!r} and device_map={device_map!r} exclude each other. Give one of them.")
     if options and not patch:
         raise ConfigError(f"options without a patch: {', '.join(options)}. Name the patch that they belong to.")
-    place = _device(device)
+    # all that can be refused is refused before anything is downloaded
+    attention, named, place = _attention(attn), _named_dtype(dtype), _device(device)
     if device_map is None and place.type != "cpu":
         # weights go straight to the device, not through the CPU's memory
         device_map = place
@@ -216,9 +217,9 @@ def load(
         model, info = _auto_class(config).from_pretrained(
             where,
             config=config,
-            dtype=_dtype(dtype, place, config),
+            dtype=named or _auto_dtype(place, config),
             device_map=device_map,
-            attn_implementation=_attention(attn),
+            attn_implementation=attention,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are refused below, with the missing ones
             output_loading_info=True,
@@ -612,9 +613,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _auto_class(config: Any) -> Any:
-    if type(config) in hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and hasattr(config, "vision_config"):
+    causal = type(config) in hf.MODEL_FOR_CAUSAL_LM_MAPPING
+    # some families stand in both tables; what has a vision tower is loaded with it
+    if type(config) in hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and (hasattr(config, "vision_config") or not causal):
         return hf.AutoModelForImageTextToText
-    if type(config) in hf.MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
+    if causal or "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
         return hf.AutoModelForCausalLM
     raise UnsupportedError(
         f"{config.model_type!r} models are neither decoder-only language models nor vision-language models; "
@@ -637,19 +640,24 @@ def _device(device: str | torch.device | None) -> torch.device:
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 
 
-def _dtype(dtype: str | torch.dtype, device: torch.device, config: Any) -> torch.dtype:
+def _named_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """None for "auto"."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
-        # bf16 would drop three bits of weights that are stored in fp16
-        half = torch.float16 if config.dtype == torch.float16 else torch.bfloat16
-        if device.type == "cuda":
-            return half
-        return half if half == torch.bfloat16 and _has_bf16(device) else torch.float32
+        return None
     found = getattr(torch, _DTYPES.get(dtype, dtype), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ConfigError(f"dtype={dtype!r} is no floating-point dtype. Use 'auto', 'bf16', 'fp16' or 'fp32'.")
     return found
+
+
+def _auto_dtype(device: torch.device, config: Any) -> torch.dtype:
+    # bf16 would drop three bits of weights that are stored in fp16
+    half = torch.float16 if config.dtype == torch.float16 else torch.bfloat16
+    if device.type == "cuda":
+        return half
+    return half if half == torch.bfloat16 and _has_bf16(device) else torch.float32
 
 
 def _has_bf16(device: torch.device) -> bool:

@@ -152,6 +152,45 @@ def test_no_colour_and_no_markup(monkeypatch):
     assert "[bold]x[/]" in run("info", "[bold]x[/]", "--no-color", exit_code=2).stderr
 
 
+def test_progress_in_a_log(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    progress = console.Terminal().progress()
+    assert isinstance(progress, console.Lines)
+    progress.start(40, "run")
+    for n in range(40):
+        clock[0] += 1
+        progress.advance(f"niah 1024 @ 0 % {('dense', 'patched')[n % 2]}", score=float(n % 2 == 0))
+    lines = capsys.readouterr().err.splitlines()
+    # one line to start with and one per 10 %
+    assert len(lines) == 11
+    assert lines[1] == "run: 4/40 · niah 1024 @ 0 % · dense 1.00 · patched 0.00 · 0:36 left"
+    progress.start(100, "slow")
+    for _ in range(9):
+        clock[0] += 12
+        progress.advance("prefill 1024 dense")
+    # 108 s without reaching 10 %: after 36, 72 and 108 s
+    assert len(capsys.readouterr().err.splitlines()) == 4
+    # an answer to a question without a needle is no success, and another task has other means
+    progress.advance("niah 1024 control dense", score=1.0)
+    assert "dense" in capsys.readouterr().err
+    monkeypatch.setenv("HFPATCH_NO_PROGRESS", "1")
+    progress = console.Terminal().progress()
+    progress.start(1, "run")
+    progress.advance("x", None)
+    progress.line("interrupted; go on")
+    assert capsys.readouterr().err == "" and progress.last == "interrupted; go on"
+
+
+def test_running_means():
+    scores = console._Scores()
+    assert scores.add("niah 1k @ 0 % dense", 1.0) == "niah 1k @ 0 % · dense 1.00"
+    assert scores.add("niah 1k control dense", 0.0) == "niah 1k control · dense 1.00"
+    assert scores.add("niah 1k @ 9 % patched", 0.0) == "niah 1k @ 9 % · dense 1.00 · patched 0.00"
+    assert scores.add("fidelity 1k patched", 0.5) == "fidelity 1k · patched 0.50"
+    assert scores.add("prefill 1k dense", None) == "prefill 1k dense"
+
+
 def test_an_error_is_one_message_without_a_trace():
     result = run("explain", "no/where", "-p", "sla", exit_code=2)
     assert result.stdout == ""

@@ -145,19 +145,19 @@ class Bars:
             TimeRemainingColumn(),
             console=console,
         )
-        self._scores: list[float] = []
+        self._scores = _Scores()
         self._task: Any = None
         self.last = ""
 
     def start(self, total: int, label: str) -> None:
-        self._scores = []
+        self._scores = _Scores()
         if self._task is not None:
             self._bar.update(self._task, visible=False)
         self._task = self._bar.add_task("", total=total, label=label, current="")
         self._bar.start()
 
     def advance(self, label: str, score: float | None = None) -> None:
-        self._bar.update(self._task, advance=1, current=_current(label, score, self._scores))
+        self._bar.update(self._task, advance=1, current=self._scores.add(label, score))
 
     def line(self, text: str) -> None:
         self.last = text if text.startswith(_INTERRUPTED) else self.last
@@ -176,14 +176,14 @@ class Lines:
         self.last = ""
 
     def start(self, total: int, label: str) -> None:
-        self._total, self._label, self._done, self._scores = total, label, 0, list[float]()
+        self._total, self._label, self._done, self._scores = total, label, 0, _Scores()
         self._started = self._spoke = time.monotonic()
         self.line(f"{label}: {total} to do")
 
     def advance(self, label: str, score: float | None = None) -> None:
         self._done += 1
         now, total = time.monotonic(), max(self._total, self._done)
-        current = _current(label, score, self._scores)
+        current = self._scores.add(label, score)
         tenth = self._done * 10 // total > (self._done - 1) * 10 // total
         if tenth or now - self._spoke >= _SILENCE_SECONDS:
             self._spoke = now
@@ -200,10 +200,23 @@ class Lines:
         return
 
 
-def _current(label: str, score: float | None, scores: list[float]) -> str:
-    if score is not None:
-        scores.append(score)
-    return f"{label} · mean {sum(scores) / len(scores):.2f}" if scores else label
+class _Scores:
+    """Running means of the task that is running, an arm each."""
+
+    def __init__(self) -> None:
+        self._task = ""
+        self._arms: dict[str, list[float]] = {}
+
+    def add(self, label: str, score: float | None) -> str:
+        """`label` (`task cell arm`) with the means so far. Samples without a needle score how often it is made up."""
+        words = label.split() or [""]
+        task, arm = words[0], words[-1]
+        if task != self._task:
+            self._task, self._arms = task, {}
+        if score is not None and "control" not in words:
+            self._arms.setdefault(arm, []).append(score)
+        means = [f"{name} {sum(found) / len(found):.2f}" for name, found in sorted(self._arms.items())]
+        return " · ".join([label.removesuffix(f" {arm}") if means else label, *means])
 
 
 def table(*columns: str, right: tuple[str, ...] = ()) -> Table:

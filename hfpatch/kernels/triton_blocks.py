@@ -26,25 +26,25 @@ class Tile(NamedTuple):
     stages: int
 
 
-# (padded head_dim, bytes per element) -> tile. `static_gate` compiles all of them and checks registers and memory.
-# For chips with 164 KB of shared memory and more (A100, H100, B200):
+# (padded head_dim, bytes per element) -> tile. `static_gate` compiles all of them and checks memory and registers.
+# These fit the 100 KB of shared memory that every chip since Ampere has:
 TILES = {
-    (64, 2): Tile(128, 64, 4, 3),
-    (128, 2): Tile(128, 64, 8, 3),
-    (256, 2): Tile(128, 32, 8, 2),
-    (64, 4): Tile(32, 32, 4, 2),
-    (128, 4): Tile(32, 32, 4, 2),
-    (256, 4): Tile(16, 32, 4, 2),
-}
-# and for those with 100 KB (RTX 30, 40 and 50 series, L4, L40):
-SMALL_TILES = TILES | {
+    (64, 2): Tile(128, 64, 8, 3),
     (128, 2): Tile(128, 32, 8, 3),
-    (256, 2): Tile(64, 32, 4, 2),
+    (256, 2): Tile(64, 32, 8, 2),
+    (64, 4): Tile(32, 16, 4, 2),
+    (128, 4): Tile(32, 16, 8, 2),
+    (256, 4): Tile(32, 16, 8, 2),
+}
+# and these the 228 KB of H100 and B200:
+LARGE_TILES = TILES | {
+    (128, 2): Tile(128, 64, 8, 3),
+    (256, 2): Tile(64, 32, 8, 3),
 }
 
 
 class Launch(NamedTuple):
-    """One kernel start: the name in `triton_fwd`, its grid, its arguments by name, and `num_warps`, `num_stages`."""
+    """One kernel start: the name in `triton_fwd`, its grid, its arguments by name, and Triton's compile options."""
 
     kernel: str
     grid: tuple[int, int]
@@ -81,22 +81,27 @@ def run(call: AttentionCall, plan: Plan) -> tuple[Tensor, Tensor]:
     """(out [B, Hq, q_len, head_dim], LSE fp32 [B, Hq, q_len]); `out` is contiguous as [B, q_len, Hq, head_dim]."""
     from hfpatch.kernels import triton_fwd
 
-    q = call.query
-    batch, heads, q_len, head_dim = q.shape
-    out = torch.empty(batch, q_len, heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
-    lse = torch.empty(batch, heads, q_len, device=q.device)
+    device = call.query.device
+    on_gpu = device.type == "cuda"
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor if on_gpu else 0
+    out, lse = empty_result(call)
     # Triton starts kernels on the current device, which need not be the tensors'
-    with torch.cuda.device(q.device) if q.device.type == "cuda" else contextlib.nullcontext():
-        for launch in launches(call, plan, out, lse, tiles(q.device)):
+    with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
+        for launch in launches(call, plan, out, lse, tiles(shared)):
             getattr(triton_fwd, launch.kernel)[launch.grid](**launch.args, **launch.options)
     return out, lse
 
 
-def tiles(device: torch.device) -> dict[tuple[int, int], Tile]:
-    """The tile table for a device."""
-    if device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor < 160 * 1024:
-        return SMALL_TILES
-    return TILES
+def empty_result(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Uninitialised (out, lse); `out` is laid out as transformers wants it back, [B, q_len, Hq, head_dim]."""
+    batch, heads, q_len, head_dim = call.query.shape
+    out = call.query.new_empty(batch, q_len, heads, head_dim).transpose(1, 2)
+    return out, call.query.new_empty(batch, heads, q_len, dtype=torch.float32)
+
+
+def tiles(shared_memory: int) -> dict[tuple[int, int], Tile]:
+    """The tile table for a chip with that many bytes of shared memory per multiprocessor."""
+    return LARGE_TILES if shared_memory >= 200 * 1024 else TILES
 
 
 def launches(
@@ -218,7 +223,8 @@ def _common(
         "BLOCK_M": block_m,
         "BLOCK_N": tile.keys,
     }
-    return args, {"num_warps": tile.warps if block_m == tile.rows else 4, "num_stages": tile.stages}
+    warps = tile.warps if block_m == tile.rows else 4
+    return args, {"num_warps": warps, "num_stages": tile.stages, "enable_fp_fusion": True}
 
 
 def _row_grid(call: AttentionCall, args: dict[str, Any]) -> tuple[int, int]:

@@ -50,6 +50,12 @@ def _load_rows(base, index, stride, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.
 
 
 @triton.jit
+def _real_keys(padding, key, exists, kv_len):
+    """`key` [N], and `kv_len`, which no query reaches, in place of padding."""
+    return tl.where(tl.load(padding + key, mask=exists, other=0) != 0, key, kv_len)
+
+
+@triton.jit
 def _start(sinks, head, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HAS_SINKS: tl.constexpr):
     """(m, l, acc) before the first tile."""
     if HAS_SINKS:
@@ -199,25 +205,26 @@ def blocks_fwd_kernel(
     for t in range(whole * SPLIT, past * SPLIT):
         start = tl.load(ids + t // SPLIT).to(tl.int64) * BLOCK_K + t % SPLIT * BLOCK_N
         key = start.to(tl.int32) + n
-        keep = key[None, :] <= position[:, None]
+        exists = key < kv_len
         if PADDED:
-            keep &= (tl.load(padding + batch * kv_len + key, mask=key < kv_len, other=0) != 0)[None, :]
+            key = _real_keys(padding + batch * kv_len, key, exists, kv_len)
+        keep = key[None, :] <= position[:, None]
         # [N, D]
-        k_tile = _load_rows(k_base + start * k_t, n, k_t, key < kv_len, HEAD_DIM, BLOCK_D, True)
-        v_tile = _load_rows(v_base + start * v_t, n, v_t, key < kv_len, HEAD_DIM, BLOCK_D, True)
+        k_tile = _load_rows(k_base + start * k_t, n, k_t, exists, HEAD_DIM, BLOCK_D, True)
+        v_tile = _load_rows(v_base + start * v_t, n, v_t, exists, HEAD_DIM, BLOCK_D, True)
         m, l, acc = _step(q_tile, k_tile, v_tile, keep, m, l, acc, scale, inner, CAPPED, True, PRECISION)
     if COLUMNS:
         columns = tl.load(col_cnt + which)
         ids = col_idx + which * max_columns
         for c in range(0, columns, BLOCK_N):
             listed = c + n < columns
-            key = tl.load(ids + c + n, mask=listed, other=0)
-            keep = listed[None, :] & (key[None, :] <= position[:, None])
-            if PADDED:
-                keep &= (tl.load(padding + batch * kv_len + key, mask=listed, other=0) != 0)[None, :]
+            key = tl.load(ids + c + n, mask=listed, other=kv_len)
             # [N, D]
             k_tile = _load_rows(k_base, key.to(tl.int64), k_t, listed, HEAD_DIM, BLOCK_D, True)
             v_tile = _load_rows(v_base, key.to(tl.int64), v_t, listed, HEAD_DIM, BLOCK_D, True)
+            if PADDED:
+                key = _real_keys(padding + batch * kv_len, key, listed, kv_len)
+            keep = key[None, :] <= position[:, None]
             m, l, acc = _step(q_tile, k_tile, v_tile, keep, m, l, acc, scale, inner, CAPPED, True, PRECISION)
 
     out_row = head64 * o_h + query64 * o_t
@@ -309,13 +316,14 @@ def window_fwd_kernel(
         at = tl.where(at >= whole, at + whole_end - whole, at)
         start = tl.cast(at * BLOCK_N, tl.int64)
         key = at * BLOCK_N + n
+        exists = key < kv_len
+        if PADDED:
+            key = _real_keys(padding + batch * kv_len, key, exists, kv_len)
         keep = (key[None, :] > oldest[:, None]) | (key < sink)[None, :]
         keep &= key[None, :] <= position[:, None]
-        if PADDED:
-            keep &= (tl.load(padding + batch * kv_len + key, mask=key < kv_len, other=0) != 0)[None, :]
         # [N, D]
-        k_tile = _load_rows(k_base + start * k_t, n, k_t, key < kv_len, HEAD_DIM, BLOCK_D, True)
-        v_tile = _load_rows(v_base + start * v_t, n, v_t, key < kv_len, HEAD_DIM, BLOCK_D, True)
+        k_tile = _load_rows(k_base + start * k_t, n, k_t, exists, HEAD_DIM, BLOCK_D, True)
+        v_tile = _load_rows(v_base + start * v_t, n, v_t, exists, HEAD_DIM, BLOCK_D, True)
         m, l, acc = _step(q_tile, k_tile, v_tile, keep, m, l, acc, scale, inner, CAPPED, True, PRECISION)
 
     out_row = head64 * o_h + query64 * o_t
@@ -415,21 +423,17 @@ def permuted_fwd_kernel(
         at = begin + t + n
         if CIRCULAR:
             at = tl.where(at >= kv_len, at - kv_len, at)
-        key = tl.load(order + which * kv_len + at, mask=listed, other=0)
-        # causal, not in the local window, not a sink, in the band
-        key_or_never = tl.where(listed & (key >= sink), key, kv_len)
-        keep = key_or_never[None, :] <= newest[:, None]
+        key = tl.load(order + which * kv_len + at, mask=listed, other=kv_len)
+        # [N, D]
+        k_tile = _load_rows(k_base, key.to(tl.int64), k_t, listed, HEAD_DIM, BLOCK_D, True)
+        v_tile = _load_rows(v_base, key.to(tl.int64), v_t, listed, HEAD_DIM, BLOCK_D, True)
         near = (at[None, :] >= first_slot[:, None]) & (at[None, :] <= last_slot[:, None])
         if CIRCULAR:
             near |= at[None, :] - kv_len >= first_slot[:, None]
             near |= at[None, :] + kv_len <= last_slot[:, None]
-        keep &= near
-        # [N, D]
-        k_tile = _load_rows(k_base, key.to(tl.int64), k_t, listed, HEAD_DIM, BLOCK_D, True)
-        v_tile = _load_rows(v_base, key.to(tl.int64), v_t, listed, HEAD_DIM, BLOCK_D, True)
+        # causal, and covered neither by the local window nor by the sinks
+        key = tl.where(key >= sink, key, kv_len)
+        keep = near & (key[None, :] <= newest[:, None])
         m, l, acc = _step(q_tile, k_tile, v_tile, keep, m, l, acc, scale, inner, CAPPED, True, PRECISION)
 
-    query = tl.load(queries + which * q_len + place, mask=inside, other=0)
-    out_row = head.to(tl.int64) * o_h + query.to(tl.int64) * o_t
-    lse_row = (batch * (GRID_HEADS * HEADS) + head) * q_len + query
     _store(out + batch * o_b, lse, out_row, lse_row, inside, m, l, acc, HEAD_DIM, BLOCK_D)

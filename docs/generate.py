@@ -1,0 +1,67 @@
+"""Write the option tables of docs/methods/*.md and the method table of README.md from the code.
+
+    python docs/generate.py            rewrite what lies between the markers
+    python docs/generate.py --check    exit 1 if something is out of date
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+import hfpatch.methods  # noqa: F401  registers the patchers
+from hfpatch.registry import METHODS
+
+ROOT = Path(__file__).parent.parent
+
+
+def bounds(meta: dict) -> str:
+    if meta["choices"]:
+        return ", ".join(f"`{c}`" for c in meta["choices"])
+    signs = {"gt": "> ", "ge": "≥ ", "le": "≤ "}
+    return ", ".join(sign + f"{meta[key]:g}" for key, sign in signs.items() if meta[key] is not None) or "–"
+
+
+def option_table(cls) -> str:
+    rows = ["| option | default | range | meaning |", "|---|---|---|---|"]
+    for field in dataclasses.fields(cls):
+        paper = "" if field.metadata["paper"] is None else f" (paper: {field.metadata['paper']})"
+        rows.append(f"| `{field.name}` | `{field.default}`{paper} | {bounds(field.metadata)} | {field.metadata['help']} |")
+    return "\n".join(rows)
+
+
+def method_table() -> str:
+    rows = ["| id | family | what it does | paper |", "|---|---|---|---|"]
+    for name, cls in METHODS.items():
+        page = f"docs/methods/{cls.__module__.rsplit('.', 1)[1]}.md"
+        rows.append(f"| [`{name}`]({page}) | {cls.card.family} | {cls.card.summary} | {cls.card.paper} |")
+    return "\n".join(rows)
+
+
+def fill(text: str, marker: str, content: str) -> str:
+    pattern = rf"(<!-- {re.escape(marker)} -->\n).*?(<!-- end -->)"
+    return re.sub(pattern, lambda m: m[1] + content + "\n" + m[2], text, flags=re.S)
+
+
+def main() -> int:
+    stale = []
+    pages = {ROOT / "README.md": {"methods": method_table()}}
+    for name, cls in METHODS.items():
+        page = ROOT / "docs" / "methods" / f"{cls.__module__.rsplit('.', 1)[1]}.md"
+        pages.setdefault(page, {})[f"options {name}"] = option_table(cls)
+    for path, blocks in pages.items():
+        old = new = path.read_text()
+        for marker, content in blocks.items():
+            new = fill(new, marker, content)
+        if new != old:
+            stale.append(path.name)
+            if "--check" not in sys.argv:
+                path.write_text(new)
+    print("out of date: " + ", ".join(stale) if stale else "up to date")
+    return 1 if stale and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
