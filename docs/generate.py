@@ -1,7 +1,7 @@
 """Write the option tables of docs/methods/*.md and the method table of README.md from the code.
 
-    python docs/generate.py            rewrite what lies between the markers
-    python docs/generate.py --check    exit 1 if something is out of date
+python docs/generate.py            rewrite what lies between the markers
+python docs/generate.py --check    exit 1 if something is out of date
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def option_table(cls) -> str:
     rows = ["| option | default | range | meaning |", "|---|---|---|---|"]
     for field in dataclasses.fields(cls):
         paper = "" if field.metadata["paper"] is None else f" (paper: {field.metadata['paper']})"
-        rows.append(f"| `{field.name}` | `{field.default}`{paper} | {bounds(field.metadata)} | {field.metadata['help']} |")
+        rows.append(
+            f"| `{field.name}` | `{field.default}`{paper} | {bounds(field.metadata)} | {field.metadata['help']} |"
+        )
     return "\n".join(rows)
 
 

@@ -16,6 +16,7 @@ from tiny_tokenizer import tiny_tokenizer
 from typer.testing import CliRunner
 
 import hfpatch.cli.console as console
+import hfpatch.report.figures as figures
 from hfpatch.cli import app
 from hfpatch.recipe import load_recipe
 
@@ -40,6 +41,8 @@ def clean(monkeypatch, tmp_path):
     # the command line sets these for the process
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # reports draw their figures elsewhere; here they only cost seconds
+    monkeypatch.setattr(figures, "has_matplotlib", lambda: False)
     monkeypatch.chdir(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Documentation that runs: the toy method of docs/write_a_method.md, the README example, and a page for every method."""
+"""Documentation that runs: the toy method, the README example; a page for every method, with current tables."""
 
 from __future__ import annotations
 
@@ -77,7 +77,9 @@ def test_option_tables_on_the_pages_are_current():
     import subprocess
     import sys
 
-    result = subprocess.run([sys.executable, str(ROOT / "docs" / "generate.py"), "--check"], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout + result.stderr
 
 

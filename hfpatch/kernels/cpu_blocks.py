@@ -1,9 +1,9 @@
 """Sparse plans on the CPU: the listed keys are gathered, and attention over them is two dense matmuls.
 
-One task is one block of queries of one KV head: the G query heads that share the KV head form one matrix [G * block_q,
-head_dim], their keys another one [keys, head_dim], and the scores of both never leave the cache of one core. Tasks go to
-a small pool of threads that run torch with one thread each; many small parallel regions inside the matmuls would
-become very slow as soon as anything else used the machine.
+One task is one block of queries of one KV head: the G query heads that share the KV head form one matrix
+[G * block_q, head_dim], their keys another one [keys, head_dim], and the scores of both stay in the cache of one core.
+Tasks go to a small pool of threads that run torch with one thread each; many small parallel regions inside the matmuls
+would become very slow as soon as anything else used the machine.
 
 Scores are in the model's dtype, softmax statistics in fp32, as in eager attention.
 """
@@ -46,7 +46,7 @@ def run(call: AttentionCall, plan: Plan) -> tuple[Tensor, Tensor | None]:
     """(out [B, Hq, q_len, head_dim], LSE fp32 [B, Hq, q_len], or None unless `call.need_lse`)."""
     if isinstance(plan, Permuted):
         return _run_permuted(call, plan)
-    out = torch.empty(*call.query.shape[:-1], call.value.shape[-1], dtype=call.query.dtype)
+    out = _empty_output(call)
     lse = torch.empty(call.query.shape[:-1]) if call.need_lse else None
     if isinstance(plan, Window):
         _run_tasks(list(_window_tasks(call, plan)), call, out, lse)
@@ -56,6 +56,15 @@ def run(call: AttentionCall, plan: Plan) -> tuple[Tensor, Tensor | None]:
     return out, lse
 
 
+def _empty_output(call: AttentionCall) -> Tensor:
+    """[B, Hq, q_len, head_dim], stored as [B, q_len, Hq, head_dim], which is what transformers wants back."""
+    batch, heads, q_len, _ = call.query.shape
+    return torch.empty(batch, q_len, heads, call.value.shape[-1], dtype=call.query.dtype).transpose(1, 2)
+
+
+Hidden = list[tuple[int, Tensor]]
+
+
 @dataclass(frozen=True, slots=True)
 class _Task:
     """Some queries of some heads of one sequence, and the keys that any of them sees.
@@ -63,9 +72,10 @@ class _Task:
     Attributes:
         heads: query heads; they share one KV head.
         queries: slots among the call's queries.
-        keys: slots, int64 [N] ascending, or a slice.
-        masked: columns [start, stop) of the scores that need `hidden`.
-        hidden: bool [queries, stop - start], True = not visible; None where nothing is hidden.
+        keys: slots, int64 [N] or a slice.
+        size: (queries, keys).
+        hidden: what is not visible: (first column, [queries, columns] of 0 and -inf) to be added to the scores.
+        may_be_empty: a query may see none of the keys.
     """
 
     row: int
@@ -73,7 +83,7 @@ class _Task:
     queries: slice | Tensor
     keys: slice | Tensor
     size: tuple[int, int]
-    hidden: Callable[[], tuple[int, Tensor] | None]
+    hidden: Callable[[], Hidden]
     may_be_empty: bool = False
 
 
@@ -112,19 +122,30 @@ def _block_tasks(call: AttentionCall, plan: Blocks) -> Iterator[_Task]:
                 )
 
 
-def _hide_future(
-    keys: Tensor, first: int, last: int, mask: Tensor | None, row: int
-) -> Callable[[], tuple[int, Tensor] | None]:
+def _hide_future(keys: Tensor, first: int, last: int, mask: Tensor | None, row: int) -> Callable[[], Hidden]:
     """Causality on the tail of ascending keys that crosses the diagonal; padding everywhere."""
 
-    def hidden() -> tuple[int, Tensor] | None:
+    def hidden() -> Hidden:
         queries = torch.arange(first, last)[:, None]
         if mask is not None:
-            return 0, (keys > queries) | ~mask[row][keys] | ~mask[row][first:last, None]
+            return [(0, _bias((keys > queries) | ~mask[row][keys] | ~mask[row][first:last, None]))]
         start = int(torch.searchsorted(keys, first, right=True))
-        return (start, keys[start:] > queries) if start < len(keys) else None
+        if len(keys) - start == last - first - 1:
+            # the query block's own keys, nearly always
+            return [(start, _later(last - first))] if last - first > 1 else []
+        return [(start, _bias(keys[start:] > queries))] if start < len(keys) else []
 
     return hidden
+
+
+def _bias(hide: Tensor) -> Tensor:
+    return torch.zeros(hide.shape).masked_fill_(hide, float("-inf"))
+
+
+@lru_cache(maxsize=16)
+def _later(count: int) -> Tensor:
+    """Hides from each of `count` queries in a row the keys of those after it: [count, count - 1]."""
+    return _bias(torch.ones(count, count, dtype=torch.bool).triu(1))[:, 1:]
 
 
 def _window_tasks(call: AttentionCall, plan: Window) -> Iterator[_Task]:
@@ -139,19 +160,27 @@ def _window_tasks(call: AttentionCall, plan: Window) -> Iterator[_Task]:
         keys: slice | Tensor = slice(start, end)
         if sink:
             keys = torch.cat([torch.arange(sink), torch.arange(start, end)])
-        hide = _hide_outside(start, begin, end, sink, plan)
+        pieces = _outside(start, begin, end, sink, plan)
         for row in range(batch):
             for head in range(0, q_heads, groups):
                 size = (last - first, sink + end - start)
-                yield _Task(row, slice(head, head + groups), slice(first, last), keys, size, lambda h=hide: h)  # type: ignore[misc]
+                hidden = lambda p=pieces: p
+                yield _Task(row, slice(head, head + groups), slice(first, last), keys, size, hidden)
 
 
-def _hide_outside(start: int, begin: int, end: int, sink: int, plan: Window) -> tuple[int, Tensor]:
+def _outside(start: int, begin: int, end: int, sink: int, plan: Window) -> Hidden:
     """The window's left edge and the diagonal, for keys [start, end) that follow `sink` columns."""
     queries = torch.arange(begin, end)[:, None]
-    keys = torch.arange(start, end)
-    outside = (queries - keys >= plan.window) & (keys >= plan.sink)
-    return sink, outside | (keys > queries)
+    # the last query's window begins here; keys from here on are inside every window
+    edge = min(max(end - plan.window, start), begin + 1)
+    left, right = torch.arange(start, edge), torch.arange(begin + 1, end)
+    pieces = []
+    if edge > start:
+        pieces.append((sink, _bias((queries - left >= plan.window) & (left >= plan.sink))))
+    if end > begin + 1:
+        late = (right > queries) | (queries - right >= plan.window) & (right >= plan.sink)
+        pieces.append((sink + begin + 1 - start, _bias(late)))
+    return pieces
 
 
 def _run_permuted(call: AttentionCall, plan: Permuted) -> tuple[Tensor, Tensor | None]:
@@ -160,7 +189,7 @@ def _run_permuted(call: AttentionCall, plan: Permuted) -> tuple[Tensor, Tensor |
     local = max(plan.local, 1) if plan.local or plan.sink else 0
     call_lse = replace(call, need_lse=call.need_lse or local > 0, sinks=None if local > 0 else call.sinks)
     order = plan.order.expand(call.key.shape[1], -1)
-    out = torch.empty(*call.query.shape[:-1], call.value.shape[-1], dtype=call.query.dtype)
+    out = _empty_output(call)
     lse = torch.empty(call.query.shape[:-1]) if call_lse.need_lse else None
     # keys of every KV head in its own slot order
     index = order[None, :, :, None]
@@ -197,10 +226,8 @@ def _band_tasks(call: AttentionCall, plan: Permuted, order: Tensor, local: int) 
                 yield _Task(row, heads, queries, keys, size, hide, may_be_empty=local > 0)
 
 
-def _hide_band(
-    plan: Permuted, places: Tensor, slots: Tensor, keys: slice | Tensor, local: int
-) -> Callable[[], tuple[int, Tensor]]:
-    def hidden() -> tuple[int, Tensor]:
+def _hide_band(plan: Permuted, places: Tensor, slots: Tensor, keys: slice | Tensor, local: int) -> Callable[[], Hidden]:
+    def hidden() -> Hidden:
         n = len(places)
         key_slots = keys if isinstance(keys, Tensor) else torch.arange(keys.start, keys.stop)
         distance = slots[:, None] - key_slots
@@ -211,7 +238,7 @@ def _hide_band(
         outside = (distance > plan.before) | (distance < -plan.after) | (key > query)
         if local:
             outside |= (query - key < local) | (key < plan.sink)
-        return 0, outside
+        return [(0, _bias(outside))]
 
     return hidden
 
@@ -298,10 +325,9 @@ def _compute(
     scores = torch.mm(query.view(rows, dim), key.t(), out=take("scores", rows, columns, dtype))
     if call.softcap is not None:
         scores = scores.float().div_(call.softcap).tanh_().mul_(call.softcap)
-    hidden = task.hidden()
-    if hidden is not None:
-        start, hide = hidden
-        scores.view(groups, count, columns)[:, :, start : start + hide.shape[1]].masked_fill_(hide, float("-inf"))
+    for start, bias in task.hidden():
+        # adding -inf is vectorised where filling by a mask is not
+        scores.view(groups, count, columns)[:, :, start : start + bias.shape[1]].add_(bias.to(scores.dtype))
     probs, task_lse = _softmax(scores, call, task, take, lse is not None)
     result = torch.mm(probs, value, out=take("out", rows, value.shape[-1], dtype))
     out[task.row, task.heads, task.queries] = result.view(groups, count, -1)

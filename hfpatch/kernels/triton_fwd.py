@@ -202,30 +202,26 @@ def blocks_fwd_kernel(
         k_tile = _load_rows(k_base + start * k_t, n, k_t, n, HEAD_DIM, BLOCK_D, False)
         v_tile = _load_rows(v_base + start * v_t, n, v_t, n, HEAD_DIM, BLOCK_D, False)
         m, l, acc = _step(q_tile, k_tile, v_tile, n, m, l, acc, scale, inner, CAPPED, False, PRECISION)
-    for t in range(whole * SPLIT, past * SPLIT):
-        start = tl.load(ids + t // SPLIT).to(tl.int64) * BLOCK_K + t % SPLIT * BLOCK_N
-        key = start.to(tl.int32) + n
+    # the rest of the blocks, then the columns
+    tiles = (past - whole) * SPLIT
+    columns = 0
+    if COLUMNS:
+        columns = tl.load(col_cnt + which)
+    for t in range(0, tiles + (columns + BLOCK_N - 1) // BLOCK_N):
+        start = tl.load(ids + whole + t // SPLIT, mask=t < tiles, other=0) * BLOCK_K + t % SPLIT * BLOCK_N
+        key = start + n
+        if COLUMNS:
+            at = (t - tiles) * BLOCK_N + n
+            column = tl.load(col_idx + which * max_columns + at, mask=(at >= 0) & (at < columns), other=kv_len)
+            key = tl.where(t < tiles, key, column)
         exists = key < kv_len
+        # [N, D]
+        k_tile = _load_rows(k_base, key.to(tl.int64), k_t, exists, HEAD_DIM, BLOCK_D, True)
+        v_tile = _load_rows(v_base, key.to(tl.int64), v_t, exists, HEAD_DIM, BLOCK_D, True)
         if PADDED:
             key = _real_keys(padding + batch * kv_len, key, exists, kv_len)
         keep = key[None, :] <= position[:, None]
-        # [N, D]
-        k_tile = _load_rows(k_base + start * k_t, n, k_t, exists, HEAD_DIM, BLOCK_D, True)
-        v_tile = _load_rows(v_base + start * v_t, n, v_t, exists, HEAD_DIM, BLOCK_D, True)
         m, l, acc = _step(q_tile, k_tile, v_tile, keep, m, l, acc, scale, inner, CAPPED, True, PRECISION)
-    if COLUMNS:
-        columns = tl.load(col_cnt + which)
-        ids = col_idx + which * max_columns
-        for c in range(0, columns, BLOCK_N):
-            listed = c + n < columns
-            key = tl.load(ids + c + n, mask=listed, other=kv_len)
-            # [N, D]
-            k_tile = _load_rows(k_base, key.to(tl.int64), k_t, listed, HEAD_DIM, BLOCK_D, True)
-            v_tile = _load_rows(v_base, key.to(tl.int64), v_t, listed, HEAD_DIM, BLOCK_D, True)
-            if PADDED:
-                key = _real_keys(padding + batch * kv_len, key, listed, kv_len)
-            keep = key[None, :] <= position[:, None]
-            m, l, acc = _step(q_tile, k_tile, v_tile, keep, m, l, acc, scale, inner, CAPPED, True, PRECISION)
 
     out_row = head64 * o_h + query64 * o_t
     lse_row = (batch * (GRID_HEADS * HEADS) + head) * q_len + query
