@@ -18,7 +18,18 @@ from hfpatch.methods.base import _checked, option
 from hfpatch.recipe import parse_size
 from hfpatch.registry import Registry
 
-__all__ = ["TASKS", "Cell", "Options", "Outcome", "Sample", "Task", "option", "prompt_sha", "token_counts"]
+__all__ = [
+    "TASKS",
+    "Cell",
+    "Options",
+    "Outcome",
+    "Sample",
+    "Task",
+    "option",
+    "prompt_sha",
+    "register_task",
+    "token_counts",
+]
 
 TASKS: Registry[type[Task]] = Registry("task", group="hfpatch.tasks")
 

@@ -147,7 +147,6 @@ def device_name(device: torch.device) -> str:
     return named or platform.processor() or platform.machine()
 
 
-@lru_cache(maxsize=1)
 def _prompt(tokenizer: Any, length: int, batch: int) -> Tensor:
     """int64 [batch, length]: generated text, since random tokens would make other attention patterns."""
     text = haystack.Haystack(haystack.sentences("builtin", "bench"))

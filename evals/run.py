@@ -20,6 +20,7 @@ from hfpatch.evals.work import Work
 from hfpatch.doctor import doctor
 from hfpatch.errors import ConfigError, DataMissingError, HFPatchError
 from hfpatch.load import Loaded, load
+from hfpatch.patch import active
 from hfpatch.patch import patch as put_on
 from hfpatch.recipe import PatchSpec, Recipe, load_recipe
 from hfpatch.report.render import render
@@ -69,8 +70,7 @@ def run_recipe(
         loaded = load(recipe.model.id, say=progress.line, **recipe.model.load_options())
         if recipe.bench is not None and recipe.model.attn == "auto":
             use_best_dense(loaded.model)
-    elif loaded.handle is not None and [s.use for s in loaded.handle.specs] != [s.use for s in recipe.patches]:
-        raise ConfigError(f"the model carries {loaded.handle!r}, the recipe asks for other patches. Remove the handle.")
+    _check_handles(loaded, recipe)
     tokenizer = getattr(loaded.processor, "tokenizer", loaded.processor)
     if tokenizer is None:
         raise DataMissingError(f"{loaded.source} comes without a tokenizer, which evals need. Put its files beside it.")
@@ -80,26 +80,22 @@ def run_recipe(
         next(task.draw(tokenizer, task.cells()[0], _seed(recipe)))
     if limit is not None:
         notes.append(f"LIMITED RUN – not comparable: the first {limit} samples of each task")
-    if resume is not None:
-        run = RunDir.resume(resume, recipe.hash())
-    else:
-        env = {
-            **doctor(fast=True).to_dict(),
-            "argv": sys.argv,
-            "model_source": loaded.source,
-            "limit": limit,
-            "notes": notes,
-        }
-        run = RunDir.create(Path(out or recipe.output.dir), recipe.name, recipe.to_dict(), recipe.hash(), env)
-    for note in notes:
-        progress.line(note)
-        run.log(note)
-    attn = dense_name(loaded.model)
-    broken: list[str] = []
+    run: RunDir | None = None
     try:
         with _deterministic(recipe.runtime.deterministic), _patched(loaded, recipe) as handle:
-            broken = _measure(work, recipe, loaded.model, tokenizer, handle, attn, run, limit, progress)
+            if resume is not None:
+                run = RunDir.resume(resume, recipe.hash())
+            else:
+                env = doctor(fast=True).to_dict() | {"argv": sys.argv, "model_source": loaded.source}
+                env |= {"limit": limit, "notes": notes}
+                run = RunDir.create(Path(out or recipe.output.dir), recipe.name, recipe.to_dict(), recipe.hash(), env)
+            for note in notes:
+                progress.line(note)
+                run.log(note)
+            broken = _measure(work, recipe, loaded.model, tokenizer, handle, run, limit, progress)
     except KeyboardInterrupt:
+        if run is None:
+            raise
         _finish(run, recipe)
         progress.line(
             f"interrupted; what was measured is kept in {run.path}. Go on with: "
@@ -119,12 +115,12 @@ def _measure(
     model: Any,
     tokenizer: Any,
     handle: Any,
-    attn: str,
     run: RunDir,
     limit: int | None,
     progress: Progress,
 ) -> list[str]:
     """Everything that is not done yet; returns the parts of the bench that failed."""
+    attn = dense_name(model)
     evaluation = Evaluation(
         model, tokenizer, handle, work.names, attn, _seed(recipe), run, progress, recipe.output.save_prompts,
         run.done(), arms.LayerTotals(run.layers()),
@@ -155,16 +151,24 @@ def _seed(recipe: Recipe) -> int:
 
 @contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
-    before, only_warn = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    before = torch.are_deterministic_algorithms_enabled()
+    only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
     if wanted:
         torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=only_warn)
+
+
+def _check_handles(loaded: Loaded, recipe: Recipe) -> None:
+    """Raise ConfigError if the model carries patches that the run would not know of."""
+    if loaded.handle is None and (on := active(loaded.model)):
+        raise ConfigError(
+            f"the model carries {on[0]!r} already, so no arm would be dense. Remove it, or pass it as Loaded.handle."
+        )
+    if loaded.handle is not None and [s.use for s in loaded.handle.specs] != [s.use for s in recipe.patches]:
+        raise ConfigError(f"the model carries {loaded.handle!r}, the recipe asks for other patches. Remove the handle.")
 
 
 @contextmanager

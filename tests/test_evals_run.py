@@ -186,6 +186,8 @@ def test_arms(loaded, tmp_path):
 
 def test_patch_of_the_users_own_stays(loaded, tmp_path):
     with put_on(loaded.model, "swa:window=32", kernel="reference") as handle:
+        with pytest.raises(ConfigError, match="carries .* already"):
+            evaluate(loaded, "niah", out=tmp_path, lengths=300)
         own = Loaded(loaded.model, loaded.processor, handle, "tiny")
         run = evaluate(own, "niah", out=tmp_path, lengths=300, depths=0, max_new_tokens=2)
         assert {row["arm"] for row in run.samples()} == {"dense", "patched"}
@@ -194,6 +196,12 @@ def test_patch_of_the_users_own_stays(loaded, tmp_path):
             evaluate(own, "niah", "swa", out=tmp_path)
         with pytest.raises(ConfigError, match="other patches"):
             run_recipe(recipe(NIAH, patches=[]), out=tmp_path, loaded=own)
+
+
+def test_a_patch_that_cannot_be_put_on_leaves_no_run_behind(loaded, tmp_path):
+    with pytest.raises(HFPatchError):
+        run_recipe(recipe(NIAH, patches=[{**WINDOW, "layers": "7"}]), out=tmp_path, loaded=loaded)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_limit_takes_the_first_samples(loaded, tmp_path):
