@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from typing import Any, ClassVar, Self, TypeVar
-
-from hfpatch.evals import generation
+from typing import Any, ClassVar, TypeVar
 
 from hfpatch.errors import ConfigError
-
-# the same checks as for the options of a method: types, ranges, choices
-from hfpatch.methods.base import _checked, option
+from hfpatch.evals import generation
+from hfpatch.options import Options, option
 from hfpatch.recipe import parse_size
 from hfpatch.registry import Registry
 
@@ -68,35 +63,6 @@ class Outcome:
     decode_ms: float | None = None
     scores: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Options as fields, checked once: unknown names, types and ranges raise ConfigError."""
-
-    name: ClassVar[str]
-
-    def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            object.__setattr__(self, f.name, _checked(self, f, getattr(self, f.name)))  # type: ignore[arg-type]
-        self.check()
-
-    def check(self) -> None:
-        """Normalise options (`self.put`) and refuse those that are fine alone and wrong together."""
-
-    def put(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Self:
-        """Build from a mapping; raises ConfigError naming unknown options and the closest known ones."""
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in options:
-            if key not in known:
-                near = get_close_matches(key, known, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(f"{cls.name}: no option {key!r}.{hint} It takes: {', '.join(known) or 'none'}.")
-        return cls(**options)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
+
 from hfpatch.evals import arms, haystack, latency, memory
 from hfpatch.evals.base import Options, option, token_counts
 from hfpatch.evals.progress import Progress
-from torch import Tensor
 
 Row = dict[str, Any]
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from hfpatch.evals import haystack
-from hfpatch.evals.arms import DENSE, PATCHED, running
-from hfpatch.evals.base import Cell, Outcome, Sample, Task, option, register_task, token_counts
 from torch import Tensor
 
 from hfpatch.errors import DataMissingError, UnsupportedError
+from hfpatch.evals import haystack
+from hfpatch.evals.arms import DENSE, PATCHED, running
+from hfpatch.evals.base import Cell, Outcome, Sample, Task, option, register_task, token_counts
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from hfpatch.evals import filler
-
 from hfpatch.errors import ConfigError, DataMissingError
+from hfpatch.evals import filler
 
 TOLERANCE = 0.01
 """Share of the asked length by which a prompt may differ from it."""

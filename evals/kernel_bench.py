@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hfpatch.evals.bench import device_name
-from hfpatch.evals.generation import synchronize
 from torch import Tensor
 
 from hfpatch.call import AttentionCall
 from hfpatch.errors import ConfigError, HFPatchError, UnknownNameError
+from hfpatch.evals.bench import device_name
+from hfpatch.evals.generation import synchronize
 from hfpatch.kernels import KERNELS, load, reference
 from hfpatch.plan import Blocks
 

@@ -11,8 +11,9 @@ import time
 from typing import Any
 
 import torch
-from hfpatch.evals.generation import cache_argument, cache_of, synchronize
 from torch import Tensor
+
+from hfpatch.evals.generation import cache_argument, cache_of, synchronize
 
 
 @torch.no_grad()

@@ -10,8 +10,9 @@ from typing import Any, Self
 
 import psutil
 import torch
-from hfpatch.evals.latency import decode, prefill
 from torch import Tensor
+
+from hfpatch.evals.latency import decode, prefill
 
 MB = 1024**2
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from hfpatch.errors import ConfigError
 from hfpatch.evals import filler, haystack, prompts, scoring
 from hfpatch.evals.base import Cell, Sample, Task, option, register_task, token_counts
-
-from hfpatch.errors import ConfigError
 
 _CITY = "eat a sandwich and sit in Dolores Park on a sunny day"
 # without these an answer has missed the needle; the sunny day is left out by good short answers too

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from hfpatch.errors import ConfigError
 from hfpatch.evals import arms
 from hfpatch.evals.base import Outcome, Sample, Task, prompt_sha
 from hfpatch.evals.progress import Progress
-
-from hfpatch.errors import ConfigError
 from hfpatch.report.run import RunDir
 
 Key = tuple[Hashable, ...]

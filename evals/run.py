@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from hfpatch.doctor import doctor
+from hfpatch.errors import ConfigError, DataMissingError, HFPatchError
 from hfpatch.evals import arms
 from hfpatch.evals.bench import Bencher
 from hfpatch.evals.latency import dense_name, use_best_dense
 from hfpatch.evals.progress import Progress, Silent
 from hfpatch.evals.quality import Evaluation
 from hfpatch.evals.work import Work
-
-from hfpatch.doctor import doctor
-from hfpatch.errors import ConfigError, DataMissingError, HFPatchError
 from hfpatch.load import Loaded, load
 from hfpatch.patch import active
 from hfpatch.patch import patch as put_on

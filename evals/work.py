@@ -7,12 +7,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import hfpatch.evals  # noqa: F401 - registers the tasks
+from hfpatch.errors import ConfigError
 from hfpatch.evals import arms
 from hfpatch.evals.base import TASKS, Options, Task
 from hfpatch.evals.bench import Bench
 from hfpatch.evals.quality import check_keys
-
-from hfpatch.errors import ConfigError
 from hfpatch.recipe import Recipe
 
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from hfpatch.doctor import doctor
     from hfpatch.evals.run import bench, evaluate
     from hfpatch.load import Loaded, load
-    from hfpatch.methods.base import Card, Method, option, register_patcher
+    from hfpatch.methods.base import Card, Method, register_patcher
+    from hfpatch.options import option
     from hfpatch.patch import PatchHandle, active, explain, get_patcher, is_patched, list_patchers, patch, unpatch
     from hfpatch.recipe import PatchSpec, Recipe, load_recipe
     from hfpatch.verify import verify
@@ -36,7 +37,7 @@ _HOME = {
     "load": "hfpatch.load",
     "Card": "hfpatch.methods.base",
     "Method": "hfpatch.methods.base",
-    "option": "hfpatch.methods.base",
+    "option": "hfpatch.options",
     "register_patcher": "hfpatch.methods.base",
     "PatchHandle": "hfpatch.patch",
     "active": "hfpatch.patch",

@@ -271,7 +271,6 @@ def patch(
     parts, runtime = _parts(what, layers, heads, phase, params)
     kernel = kernel if kernel != "auto" else runtime.get("kernel", "auto")
     strict = strict or runtime.get("strict", False)
-    seed = seed if seed is not None else runtime.get("seed")
     if seed is not None:
         parts = [_seeded(part, seed) for part in parts]
     check_name(kernel)
@@ -382,7 +381,9 @@ def _parts(
     runtime: dict[str, Any] = {}
     if isinstance(what, Recipe):
         runtime = {f.name: getattr(what.runtime, f.name) for f in fields(what.runtime)}
-        what = list(what.patches)
+        seed = what.runtime.seed
+        # the run's seed, where the patch does not say its own
+        what = [replace(p, params={"seed": seed, **p.params}) if _takes_seed(p, seed) else p for p in what.patches]
     items = list(what) if isinstance(what, (list, tuple)) else [what]
     if not items:
         raise ConfigError(
@@ -412,6 +413,10 @@ def _parts(
             raise ConfigError(f"phase={chosen!r} is not one of: {', '.join(_PHASES)}.")
         parts.append(replace(part, phase=chosen))
     return sorted(parts, key=lambda p: _ORDER.index(p.method.card.family)), runtime
+
+
+def _takes_seed(spec: PatchSpec, seed: int | None) -> bool:
+    return seed is not None and any(f.name == "seed" for f in fields(get_patcher(spec.use)))
 
 
 def _seeded(part: Part, seed: int) -> Part:

@@ -137,6 +137,6 @@ def after_text(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     forward, engine.forward = engine.forward, None
     if _cache(_named(module, args, kwargs)) is None and output is not None:
         # the model made the cache itself
-        made = output.get("cache") if "cache" in output else output.get("past_key_values")
+        made = output["cache"] if "cache" in output else dict(output).get("past_key_values")
         if made is not None:
             engine.states[made] = forward.state

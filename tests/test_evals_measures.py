@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from hfpatch.evals import arms, generation, latency, memory
-from hfpatch.evals.fidelity import Fidelity
-from hfpatch.evals.kernel_bench import bench_kernels, random_blocks
 from tiny import NAMES, text_inputs, tiny
 from tiny_tokenizer import tiny_tokenizer
 
 from hfpatch import kernels
 from hfpatch.errors import ConfigError, HFPatchError, UnknownNameError
+from hfpatch.evals import arms, generation, latency, memory
+from hfpatch.evals.fidelity import Fidelity
+from hfpatch.evals.kernel_bench import bench_kernels, random_blocks
 from hfpatch.kernels import reference
 from hfpatch.patch import patch as put_on
 

@@ -7,12 +7,12 @@ import itertools
 import re
 
 import pytest
-from hfpatch.evals import filler, haystack, prompts, scoring
-from hfpatch.evals.base import token_counts
-from hfpatch.evals.niah import Niah
 from tiny_tokenizer import tiny_tokenizer
 
 from hfpatch.errors import ConfigError, DataMissingError
+from hfpatch.evals import filler, haystack, prompts, scoring
+from hfpatch.evals.base import token_counts
+from hfpatch.evals.niah import Niah
 
 NEEDLE = re.compile(r"One of the special magic numbers for ([a-z]+-[a-z]+) is: (\d{7})\.")
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from hfpatch.evals.base import Outcome
-from hfpatch.evals.niah import Niah
-from hfpatch.evals.progress import Silent
-from hfpatch.evals.run import bench, evaluate, run_recipe, work_list
 from tiny import text_inputs, tiny
 from tiny_tokenizer import tiny_tokenizer
 
 from hfpatch.errors import ConfigError, HFPatchError, UnknownNameError
+from hfpatch.evals.base import Outcome
+from hfpatch.evals.niah import Niah
+from hfpatch.evals.progress import Silent
+from hfpatch.evals.run import bench, evaluate, run_recipe, work_list
 from hfpatch.load import Loaded
 from hfpatch.patch import is_patched
 from hfpatch.patch import patch as put_on

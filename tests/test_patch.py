@@ -371,3 +371,14 @@ def test_compiled_model_falls_into_the_same_path(model, inputs):
         want = model(**inputs).logits
         got = torch.compile(model, backend="eager")(**inputs).logits
     torch.testing.assert_close(got, want)
+
+
+def test_a_recipe_seeds_only_what_has_no_seed_of_its_own(model):
+    recipe = {
+        "version": 1,
+        "runtime": {"seed": 3},
+        "patches": [{"use": "sa", "layers": "0"}, {"use": "sa", "layers": "1"}],
+    }
+    recipe["patches"][1]["params"] = {"seed": 5}
+    with hfpatch.patch(model, hfpatch.load_recipe(recipe)) as handle:
+        assert [part.method.seed for part in handle.parts] == [3, 5]

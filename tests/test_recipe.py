@@ -315,9 +315,8 @@ def test_sizes():
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
 def test_shipped_recipes_fit_the_methods_and_tasks(name):
-    from hfpatch.evals.work import Work
-
     import hfpatch
+    from hfpatch.evals.work import Work
 
     recipe = load_recipe(f"recipe:{name}")
     assert recipe.name == name

@@ -6,9 +6,10 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-from hfpatch.evals import filler
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from hfpatch.evals import filler
 
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<eos>\n{% endfor %}"

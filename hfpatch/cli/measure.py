@@ -59,7 +59,7 @@ def show(terminal: Terminal, done: Any, limits: Mapping[str, float]) -> None:
     from hfpatch.report.results import verdict
 
     results = done.results()
-    reports = [str(path) for path in sorted(done.path.glob("report.*"))]
+    reports = [str(path) for path in sorted(done.path.glob("report.*"), reverse=True)]
     missed = {metric: (measured(results, metric), floor) for metric, floor in limits.items()}
     missed = {metric: pair for metric, pair in missed.items() if pair[0] is None or pair[0] < pair[1]}
     said = verdict(results)

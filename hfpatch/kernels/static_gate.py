@@ -232,9 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = []
     try:
         if not options.json:
-            print(
-                f"{'kernel':19} {'case':30} type  dim {'tile':15} {'arch':7}{'shared':>7} {'regs':>5} spills  matrix"
-            )
+            print(f"{'kernel':19} {'case':30} type  dim {'tile':15} {'arch':7}{'shared':>7} {'regs':>5} spills  matrix")
         for row in rows(options.arch, options.quick):
             found.append(row)
             if not options.json:

@@ -62,7 +62,9 @@ def why_not(call: AttentionCall, plan: Plan) -> str | None:
         return 'Triton is not installed (pip install "hfpatch[gpu]")'
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, call.key, call.value)):
         return "forward only, and gradients are asked for (use torch.no_grad())"
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not (q.dtype == call.key.dtype == call.value.dtype):
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not (
+        q.dtype == call.key.dtype == call.value.dtype
+    ):
         return f"takes one of bf16, fp16, fp32, got {q.dtype}, {call.key.dtype}, {call.value.dtype}"
     if q.shape[-1] > 256 or call.value.shape[-1] != q.shape[-1]:
         return f"takes one head_dim up to 256, got {q.shape[-1]} and {call.value.shape[-1]} for values"
