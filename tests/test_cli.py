@@ -137,6 +137,19 @@ def test_doctor():
     assert "verdict  ready" in run("doctor", "--fast").stdout
 
 
+def test_what_others_print_does_not_end_up_in_the_json(monkeypatch):
+    module = sys.modules["hfpatch.doctor"]
+    real = module.doctor
+
+    def chatty(fast):
+        print("a library says hello")
+        return real(fast=fast)
+
+    monkeypatch.setattr(module, "doctor", chatty)
+    assert run_json("doctor", "--fast")["ready"] is True
+    assert "hello" in run("doctor", "--fast", "--json").stderr
+
+
 # Global options ------------------------------------------------------------------------------------------------------
 
 

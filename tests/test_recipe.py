@@ -233,6 +233,11 @@ def test_precedence_and_origin(monkeypatch, tmp_path):
     assert origins["model.dtype"] == "default"
     recipe, origins = resolve(path, {"runtime.kernel": ("sdpa", "--kernel")})
     assert (recipe.runtime.kernel, origins["runtime.kernel"]) == ("sdpa", "--kernel")
+    # what is replaced as a whole leaves no trace of where its parts came from
+    path.write_text('version: 1\npatches: [{use: sa, layers: "2:"}]\n')
+    assert resolve(path)[1]["patches.0.layers"] == f"{path}:2"
+    origins = resolve(path, {"patches": ([{"use": "swa"}], "--patch")})[1]
+    assert (origins["patches.0.use"], origins["patches.0.layers"]) == ("--patch", "default")
     # a full recipe does not look at the environment again
     assert load_recipe(load_recipe(FULL)).runtime.kernel == "sdpa"
     monkeypatch.setenv("HFPATCH_STRICT", "perhaps")
@@ -342,9 +347,11 @@ def test_recipes_are_found_in_a_wheel_and_in_a_checkout(tmp_path, monkeypatch):
         assert shipped_recipes() == {"mine": folder / "mine.yaml"}
 
 
-def test_unpacked_dict_stays_untouched():
-    given = {"version": 1, "model": {"id": "m"}, "patches": [{"use": "sa", "params": {"window": "1k"}}]}
+def test_a_given_dict_stays_untouched(monkeypatch):
+    monkeypatch.setenv("HFPATCH_KERNEL", "sdpa")
+    given = {"version": 1, "runtime": {}, "patches": [{"use": "sa", "params": {"window": "1k"}}]}
     copy = json.loads(json.dumps(given))
+    assert load_recipe(given).runtime.kernel == "sdpa"
     assert load_recipe(given).patches[0].params == {"window": 1024}
     assert given == copy
     assert isinstance(load_recipe(Path(shipped_recipes()["demo"])), Recipe)

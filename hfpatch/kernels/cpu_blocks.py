@@ -311,7 +311,8 @@ def _compute(
     if columns == 0:
         out[task.row, task.heads, task.queries] = 0
         if lse is not None:
-            lse[task.row, task.heads, task.queries] = float("-inf")
+            empty = torch.tensor(float("-inf")) if call.sinks is None else call.sinks[task.heads].float()[:, None]
+            lse[task.row, task.heads, task.queries] = empty
         return
     kv_head = task.heads.start // call.num_key_value_groups
     query = take("query", rows, dim, dtype).view(groups, count, dim)

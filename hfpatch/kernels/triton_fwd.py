@@ -56,6 +56,28 @@ def _real_keys(padding, key, exists, kv_len):
 
 
 @triton.jit
+def _listed_keys(
+    ids, tiles, col_idx, columns, t, n, kv_len, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Keys [N] of tile `t` of a list: the first `tiles` come from blocks, the others from columns."""
+    SPLIT: tl.constexpr = BLOCK_K // BLOCK_N
+    key = tl.load(ids + t // SPLIT, mask=t < tiles, other=0) * BLOCK_K + t % SPLIT * BLOCK_N + n
+    if COLUMNS:
+        at = (t - tiles) * BLOCK_N + n
+        column = tl.load(col_idx + at, mask=(at >= 0) & (at < columns), other=kv_len)
+        key = tl.where(t < tiles, key, column)
+    return key
+
+
+@triton.jit
+def _keys_at(order, begin, place, count, kv_len):
+    """Keys in the slots begin + place [N], which wrap around; `kv_len` for places past `count`."""
+    slot = begin + place
+    slot = tl.where(slot >= kv_len, slot - kv_len, slot)
+    return tl.load(order + slot, mask=place < count, other=kv_len)
+
+
+@triton.jit
 def _start(sinks, head, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HAS_SINKS: tl.constexpr):
     """(m, l, acc) before the first tile."""
     if HAS_SINKS:
@@ -194,26 +216,28 @@ def blocks_fwd_kernel(
         past += tl.sum(((at < count) & (start <= high)).to(tl.int32))
     if PADDED:
         whole = 0
+    # Lists are read one tile ahead: the compiler pipelines the loads of keys well only if their addresses are at hand.
     n = tl.arange(0, BLOCK_N)
     SPLIT: tl.constexpr = BLOCK_K // BLOCK_N
+    next_id = tl.load(ids, mask=whole > 0, other=0)
     for t in range(0, whole * SPLIT):
-        start = tl.load(ids + t // SPLIT).to(tl.int64) * BLOCK_K + t % SPLIT * BLOCK_N
+        start = next_id.to(tl.int64) * BLOCK_K + t % SPLIT * BLOCK_N
+        next_id = tl.load(ids + (t + 1) // SPLIT, mask=t + 1 < whole * SPLIT, other=0)
         # [N, D]
         k_tile = _load_rows(k_base + start * k_t, n, k_t, n, HEAD_DIM, BLOCK_D, False)
         v_tile = _load_rows(v_base + start * v_t, n, v_t, n, HEAD_DIM, BLOCK_D, False)
         m, l, acc = _step(q_tile, k_tile, v_tile, n, m, l, acc, scale, inner, CAPPED, False, PRECISION)
     # the rest of the blocks, then the columns
+    ids += whole
     tiles = (past - whole) * SPLIT
     columns = 0
     if COLUMNS:
         columns = tl.load(col_cnt + which)
+        col_idx += which * max_columns
+    next_key = _listed_keys(ids, tiles, col_idx, columns, 0, n, kv_len, BLOCK_K, BLOCK_N, COLUMNS)
     for t in range(0, tiles + (columns + BLOCK_N - 1) // BLOCK_N):
-        start = tl.load(ids + whole + t // SPLIT, mask=t < tiles, other=0) * BLOCK_K + t % SPLIT * BLOCK_N
-        key = start + n
-        if COLUMNS:
-            at = (t - tiles) * BLOCK_N + n
-            column = tl.load(col_idx + which * max_columns + at, mask=(at >= 0) & (at < columns), other=kv_len)
-            key = tl.where(t < tiles, key, column)
+        key = next_key
+        next_key = _listed_keys(ids, tiles, col_idx, columns, t + 1, n, kv_len, BLOCK_K, BLOCK_N, COLUMNS)
         exists = key < kv_len
         # [N, D]
         k_tile = _load_rows(k_base, key.to(tl.int64), k_t, exists, HEAD_DIM, BLOCK_D, True)
@@ -414,12 +438,15 @@ def permuted_fwd_kernel(
         begin = tl.maximum(begin, 0)
         count = tl.minimum(high + after + 1, kv_len) - begin
     n = tl.arange(0, BLOCK_N)
+    # one tile ahead, as the lists of blocks
+    next_key = _keys_at(order + which * kv_len, begin, n, count, kv_len)
     for t in range(0, count, BLOCK_N):
-        listed = t + n < count
+        key = next_key
+        next_key = _keys_at(order + which * kv_len, begin, t + BLOCK_N + n, count, kv_len)
+        listed = key < kv_len
         at = begin + t + n
         if CIRCULAR:
             at = tl.where(at >= kv_len, at - kv_len, at)
-        key = tl.load(order + which * kv_len + at, mask=listed, other=kv_len)
         # [N, D]
         k_tile = _load_rows(k_base, key.to(tl.int64), k_t, listed, HEAD_DIM, BLOCK_D, True)
         v_tile = _load_rows(v_base, key.to(tl.int64), v_t, listed, HEAD_DIM, BLOCK_D, True)
