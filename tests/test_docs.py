@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,11 +24,13 @@ def code(path, language="python"):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / path).read_text(), re.S)
 
 
-def test_toy_method_runs_as_printed():
+def test_toy_method_runs_as_printed(tmp_path, monkeypatch):
     (source,) = code("docs/write_a_method.md")
     lines = [line for line in source.split("class Dilated")[1].splitlines() if line.strip()]
     assert len(lines) <= 20
-    exec(compile(source, "docs/write_a_method.md", "exec"), {"__name__": "toy"})
+    (tmp_path / "toy_method.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("toy_method")
     try:
         model = tiny.tiny("qwen3", num_hidden_layers=3)
         inputs = tiny.text_inputs(model, batch=2, length=70, padding=[9, 0])
@@ -74,9 +79,6 @@ def test_every_method_has_a_page_and_a_readme_row():
 
 def test_option_tables_on_the_pages_are_current():
     """Generated from the options: `python docs/generate.py` rewrites them."""
-    import subprocess
-    import sys
-
     result = subprocess.run(
         [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"], capture_output=True, text=True
     )
