@@ -42,7 +42,7 @@ def add_to(app: typer.Typer) -> None:
         given = model if is_recipe(model) else source(model, "explain", patches)
         recipe, _ = build_recipe(given, terminal, patches, models)
         if not recipe.patches:
-            raise ConfigError("there is nothing to explain: name a patch with -p NAME, for instance -p sa.")
+            raise ConfigError("there is nothing to explain: name a patch with -p NAME (see: hfpatch list).")
         check_patches(recipe)
         length = parse_size(seq_len)
         if not isinstance(length, int) or length < 1:

@@ -25,7 +25,7 @@ def add_to(app: typer.Typer) -> None:
         given = model if is_recipe(model) else source(model, "verify", patches)
         recipe, _ = build_recipe(given, terminal, patches, models)
         if not recipe.patches:
-            raise ConfigError("there is nothing to verify: name a patch with -p NAME, for instance -p sa.")
+            raise ConfigError("there is nothing to verify: name a patch with -p NAME (see: hfpatch list).")
         check_patches(recipe)
         from hfpatch.load import load
         from hfpatch.verify import verify as check

@@ -129,10 +129,11 @@ def _hide_future(keys: Tensor, first: int, last: int, mask: Tensor | None, row: 
         queries = torch.arange(first, last)[:, None]
         if mask is not None:
             return [(0, _bias((keys > queries) | ~mask[row][keys] | ~mask[row][first:last, None]))]
-        start = int(torch.searchsorted(keys, first, right=True))
-        if len(keys) - start == last - first - 1:
+        # the first query's own key is never hidden; starting at it keeps the columns aligned
+        start = int(torch.searchsorted(keys, first))
+        if len(keys) - start == last - first:
             # the query block's own keys, nearly always
-            return [(start, _later(last - first))] if last - first > 1 else []
+            return [(start, _later(last - first))]
         return [(start, _bias(keys[start:] > queries))] if start < len(keys) else []
 
     return hidden
@@ -144,8 +145,8 @@ def _bias(hide: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _later(count: int) -> Tensor:
-    """Hides from each of `count` queries in a row the keys of those after it: [count, count - 1]."""
-    return _bias(torch.ones(count, count, dtype=torch.bool).triu(1))[:, 1:]
+    """Hides from each of `count` queries in a row the keys of those after it: [count, count]."""
+    return _bias(torch.ones(count, count, dtype=torch.bool).triu(1))
 
 
 def _window_tasks(call: AttentionCall, plan: Window) -> Iterator[_Task]:
@@ -172,14 +173,12 @@ def _outside(start: int, begin: int, end: int, sink: int, plan: Window) -> Hidde
     """The window's left edge and the diagonal, for keys [start, end) that follow `sink` columns."""
     queries = torch.arange(begin, end)[:, None]
     # the last query's window begins here; keys from here on are inside every window
-    edge = min(max(end - plan.window, start), begin + 1)
-    left, right = torch.arange(start, edge), torch.arange(begin + 1, end)
-    pieces = []
+    edge = min(max(end - plan.window, start), begin)
+    left, right = torch.arange(start, edge), torch.arange(begin, end)
+    late = (right > queries) | (queries - right >= plan.window) & (right >= plan.sink)
+    pieces = [(sink + begin - start, _bias(late))]
     if edge > start:
         pieces.append((sink, _bias((queries - left >= plan.window) & (left >= plan.sink))))
-    if end > begin + 1:
-        late = (right > queries) | (queries - right >= plan.window) & (right >= plan.sink)
-        pieces.append((sink + begin + 1 - start, _bias(late)))
     return pieces
 
 

@@ -30,14 +30,18 @@ def why_not(call: AttentionCall, plan: Plan) -> str | None:
         return "has neither block lists nor permuted windows"
     if isinstance(plan, Window) and plan.sink > 0:
         return "has no token sinks"
+    if isinstance(plan, Window) and plan.window < 1:
+        return "reads an empty window as an unlimited one"
     if call.mask is not None:
         return "takes no mask here"
     if call.sinks is not None:
         return "has no learned sinks"
     if call.query.dtype not in (torch.float16, torch.bfloat16):
         return f"takes fp16 and bf16, not {str(call.query.dtype).removeprefix('torch.')}"
-    if call.query.shape[-1] > 256:
-        return f"takes head_dim up to 256, not {call.query.shape[-1]}"
+    if call.query.shape[-1] > 256 or call.value.shape[-1] != call.query.shape[-1]:
+        return f"takes one head_dim up to 256, not {call.query.shape[-1]} and {call.value.shape[-1]} for values"
+    if torch.version.hip is None and torch.cuda.get_device_capability(call.query.device) < (8, 0):
+        return "needs compute capability 8.0 (Ampere) or newer"
     return None
 
 

@@ -34,7 +34,7 @@ TILES = {
     (256, 2): Tile(64, 32, 8, 2),
     (64, 4): Tile(32, 16, 8, 2),
     (128, 4): Tile(16, 16, 4, 2),
-    (256, 4): Tile(16, 16, 4, 2),
+    (256, 4): Tile(16, 16, 8, 2),
 }
 # and these the 228 KB of H100 and B200:
 LARGE_TILES = TILES | {
@@ -58,6 +58,8 @@ def why_not(call: AttentionCall, plan: Plan) -> str | None:
         return f"no Triton kernel for {type(plan).__name__} plans"
     if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"needs a GPU, the tensors are on {q.device.type}"
+    if q.device.type != "cuda" and q.dtype == torch.bfloat16:
+        return "Triton's interpreter has no bfloat16 arithmetic"
     if not _installed():
         return 'Triton is not installed (pip install "hfpatch[gpu]")'
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, call.key, call.value)):
@@ -74,6 +76,8 @@ def why_not(call: AttentionCall, plan: Plan) -> str | None:
         return f"{type(plan).__name__} counts real tokens: padding must be cut off first"
     if isinstance(plan, Blocks) and not {plan.block_q, plan.block_k} <= {16, 32, 64, 128, 256}:
         return f"block sizes must be powers of two from 16 to 256, got {plan.block_q} and {plan.block_k}"
+    if isinstance(plan, Blocks) and plan.col_idx is not None and plan.col_idx.shape[:3] != plan.blk_idx.shape[:3]:
+        return "blocks and columns must be listed for the same batch rows, heads and queries"
     if q.device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
         return "needs compute capability 8.0 (Ampere) or newer"
     return None
@@ -130,23 +134,23 @@ def _blocks(call: AttentionCall, plan: Blocks, out: Tensor, lse: Tensor, table: 
     args, options = _common(call, out, lse, packed, rows, table)
     args["BLOCK_N"] = min(args["BLOCK_N"], plan.block_k)
     tiles_q = -(-rows // args["BLOCK_M"])
-    columns = plan.col_idx is not None and plan.col_cnt is not None
+    columns = plan.col_idx.contiguous() if plan.col_idx is not None else None
     args |= {
         "padding": _flags(call.mask),
         "blk_idx": plan.blk_idx.contiguous(),
         "blk_cnt": plan.blk_cnt.contiguous(),
-        "col_idx": plan.col_idx.contiguous() if plan.col_idx is not None else None,
-        "col_cnt": plan.col_cnt.contiguous() if plan.col_cnt is not None else None,
+        "col_idx": columns,
+        "col_cnt": plan.column_counts().contiguous() if columns is not None else None,
         "num_lists": plan.blk_idx.shape[2],
         "max_blocks": plan.blk_idx.shape[3],
-        "max_columns": plan.col_idx.shape[3] if plan.col_idx is not None else 0,
+        "max_columns": columns.shape[3] if columns is not None else 0,
         "GROUPS": call.num_key_value_groups,
         "LIST_HEADS": list_heads,
         "LIST_BATCHED": plan.blk_idx.shape[0] > 1,
         "BLOCK_Q": plan.block_q,
         "BLOCK_K": plan.block_k,
         "TILES_Q": tiles_q,
-        "COLUMNS": columns,
+        "COLUMNS": columns is not None,
         "PADDED": call.mask is not None,
     }
     grid = (-(-call.q_len // plan.block_q) * tiles_q, call.query.shape[0] * heads // packed)

@@ -37,7 +37,7 @@ _LENGTHS = ["q_len", "kv_len", "sink", "window", "before", "after", "local", "nu
 
 @triton.jit
 def _load_rows(base, index, stride, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr):
-    """Rows `index` [N] of a matrix [*, HEAD_DIM]: [N, BLOCK_D], zeros past HEAD_DIM and, if BOUNDED, where not inside."""
+    """Rows `index` [N] of [*, HEAD_DIM] as [N, BLOCK_D]: zeros past HEAD_DIM and, if BOUNDED, where not `inside`."""
     d = tl.arange(0, BLOCK_D)
     pointers = base + index[:, None] * stride + d[None, :]
     if BOUNDED:

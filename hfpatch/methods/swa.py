@@ -82,7 +82,7 @@ class SlidingWindow(Method):
         width = min(kept + sinks, -(-call.kv_len // size))
         slot = torch.arange(width, device=device)
         first = (own - kept + 1).clamp(min=0)[:, None]
-        in_sinks = torch.minimum(first, torch.tensor(sinks, device=device))
+        in_sinks = first.clamp(max=sinks)
         index = torch.where(slot < in_sinks, slot, first + slot - in_sinks)
         count = in_sinks[:, 0] + own - first[:, 0] + 1
         return Blocks(index.int()[None, None], count.int()[None, None], block_q, size)
