@@ -1,0 +1,11 @@
+"""Every test runs offline and with one torch thread: tiny models gain nothing from two and lose on a busy machine."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch  # noqa: E402  the variable must be set first
+
+torch.set_num_threads(1)
