@@ -21,7 +21,7 @@ from hfpatch.plan import Plan, Window
 
 # Up to this many scores a boolean mask costs less than a sparse kernel saves.
 SMALL = 512 * 512
-KERNELS = ("triton_blocks", "flash", "cpu_blocks", "sdpa", "reference")
+KERNELS = ("flash", "triton_blocks", "cpu_blocks", "sdpa", "reference")
 
 
 class Choice(NamedTuple):

@@ -184,8 +184,6 @@ def _permuted(
     packed = call.num_key_value_groups
     args, options = _common(call, out, lse, packed, call.q_len * packed, table)
     args |= {
-        "sinks": None if joined else args["sinks"],
-        "HAS_SINKS": not joined and args["HAS_SINKS"],
         "order": order,
         "queries": queries.contiguous(),
         "slots": slots.contiguous(),
