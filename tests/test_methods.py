@@ -72,6 +72,8 @@ def test_full_layers_and_full_decode():
     assert isinstance(method.plan(call(20, q_len=1, phase="decode")), Dense)
     with pytest.raises(ConfigError, match="layer 9"):
         SlidingWindow(full_layers="9").plan(call(20))
+    assert not SlidingWindow(window=4).full_decode and SlidingWindow(window=4, full_layers="odd").full_decode
+    assert not SlidingWindow(window=4, full_layers="odd", decode="mask").full_decode
 
 
 def test_window_equals_a_natively_sliding_model():

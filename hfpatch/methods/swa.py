@@ -19,9 +19,10 @@ from hfpatch.selectors import select_layers
 class SlidingWindow(Method):
     """Each query sees the first `sink` tokens and its last `window` tokens, itself included.
 
-    Prefill and decode use the same rule unless `decode="full"`. The KV cache stays whole and positions are not
-    re-numbered, unlike StreamingLLM, which evicts and counts positions inside the cache. Layers that slide natively
-    keep their own window.
+    Decoding follows the same rule (`decode="mask"`, as in StreamingLLM) or reads the whole cache (`"full"`); "auto" is
+    "full" where `full_layers` keeps some layers dense, since only both together bring retrieval back. The KV cache stays
+    whole and positions are not re-numbered, unlike in StreamingLLM, which evicts and counts positions inside the cache.
+    Layers that slide natively keep their own window.
 
     Source: Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453, section 3.2; layer patterns and
     full decode: Sliding Window Attention Adaptation, arXiv 2512.10411.
@@ -39,7 +40,7 @@ class SlidingWindow(Method):
         {"window": 7, "sink": 2},
         {"window": 5, "sink": 0, "decode": "full"},
         {"window": 8, "sink": 3, "align": "block", "block_size": 4},
-        {"window": 6, "sink": 1, "full_layers": "odd"},
+        {"window": 6, "sink": 1, "full_layers": "odd", "decode": "mask"},
     )
 
     window: int = option(2048, "last tokens seen, the query's own included", ge=1)
@@ -51,12 +52,21 @@ class SlidingWindow(Method):
     )
     block_size: int = option(128, 'tokens in a block, for align="block"', ge=1)
     full_layers: str | int | tuple[int, ...] | None = option(None, 'dense layers, e.g. "odd", "last:3", [1, 5]')
-    decode: str = option("mask", 'decode steps: same window ("mask") or dense ("full")', choices=("mask", "full"))
+    decode: str = option(
+        "auto",
+        'decode steps: the same window ("mask"), dense ("full"), or dense if some layers are full ("auto")',
+        choices=("auto", "mask", "full"),
+    )
     dense_below: int = option(0, "sequences shorter than this run dense; tokens", ge=0)
 
     @property
+    def full_decode(self) -> bool:
+        """Whether decode steps read the whole cache."""
+        return self.decode == "full" or (self.decode == "auto" and self.full_layers is not None)
+
+    @property
     def decode_invariant(self) -> bool:
-        return self.decode == "mask"
+        return not self.full_decode
 
     @classmethod
     def neutral(cls) -> Self:
@@ -65,7 +75,7 @@ class SlidingWindow(Method):
     def plan(self, call: AttentionCall) -> Plan:
         if self.full_layers is not None and call.layer_idx in select_layers(self.full_layers, call.num_layers):
             return Dense()
-        if call.phase == "decode" and self.decode == "full":
+        if call.phase == "decode" and self.full_decode:
             return Dense()
         if self.align == "token":
             return Window(self.sink, self.window)
@@ -91,7 +101,7 @@ class SlidingWindow(Method):
 @register_patcher
 @dataclass(frozen=True, kw_only=True)
 class SlidingWindowQuality(SlidingWindow):
-    """`swa` with the settings that keep most quality: every other layer full, full decoding, 100 sinks.
+    """`swa` with the settings that keep most quality: every other layer full and 100 sinks, full decoding.
 
     Which half of the layers should stay full depends on the model: odd for Qwen3-4B, even for Llama-3.1-8B.
 
@@ -102,11 +112,10 @@ class SlidingWindowQuality(SlidingWindow):
     aliases: ClassVar[tuple[str, ...]] = ("swaa",)
     card: ClassVar[Card] = Card(
         family="attention",
-        summary="swa preset: odd layers full, full decoding, 100 sinks",
+        summary="swa preset: odd layers full, 100 sinks, full decoding",
         paper="Sliding Window Attention Adaptation, arXiv 2512.10411",
     )
     examples: ClassVar[tuple[dict[str, object], ...]] = ({"window": 7, "sink": 2},)
 
     sink: int = option(100, "first tokens always seen", ge=0)
     full_layers: str | int | tuple[int, ...] | None = option("odd", 'dense layers, e.g. "even", "last:3", [1, 5]')
-    decode: str = option("full", 'decode steps: same window ("mask") or dense ("full")', choices=("mask", "full"))
