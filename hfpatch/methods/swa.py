@@ -19,9 +19,9 @@ from hfpatch.selectors import select_layers
 class SlidingWindow(Method):
     """Each query sees the first `sink` tokens and its last `window` tokens, itself included.
 
-    Decoding follows the same rule (`decode="mask"`, as in StreamingLLM) or reads the whole cache (`"full"`); "auto" is
-    "full" where `full_layers` keeps some layers dense, since only both together bring retrieval back. The KV cache stays
-    whole and positions are not re-numbered, unlike in StreamingLLM, which evicts and counts positions inside the cache.
+    Decoding follows the same rule (`decode="mask"`, StreamingLLM) or reads the whole cache (`"full"`); "auto" is "full"
+    where `full_layers` keeps some layers dense, since only both together bring retrieval back. The KV cache stays whole
+    and positions are not re-numbered, unlike in StreamingLLM, which evicts and counts positions inside the cache.
     Layers that slide natively keep their own window.
 
     Source: Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453, section 3.2; layer patterns and
