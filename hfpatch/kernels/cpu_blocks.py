@@ -5,21 +5,17 @@ One task is one block of queries of one KV head: the G query heads that share th
 Tasks go to a small pool of threads that run torch with one thread each; many small parallel regions inside the matmuls
 would become very slow as soon as anything else used the machine.
 
-Scores and probabilities are in the model's dtype, sums and statistics in fp32, as in eager attention. A softmax need
-not subtract the row's maximum while 2**score and its sums stay far from the ends of the exponent range, so the first try
-does without: one exp2, hidden keys cleared by a bitwise and, one row sum, and the division left for the much smaller
-result. Where a row's sum shows that this was too bold, the scores are computed again and go through torch's softmax.
+Scores are in the model's dtype, softmax statistics in fp32, as in eager attention.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -32,12 +28,6 @@ from hfpatch.plan import Blocks, Dense, Permuted, Plan, Window
 
 # Rows of a score matrix for which one core's matmul is near its best rate.
 _ROWS = 896
-# Dtypes with the exponent range for a softmax without the maximum, and the integers whose bits stand for theirs.
-_WIDE = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
-# Row sums between these lost nothing to overflow or underflow, and leave room for values of any size.
-_LOW, _HIGH = 2.0**-60, 2.0**60
-# Over so few keys rounding is felt (one key must return its value exactly) and speed is not.
-_FEW = 64
 
 
 def why_not(call: AttentionCall, plan: Plan) -> str | None:
@@ -84,7 +74,7 @@ class _Task:
         queries: slots among the call's queries.
         keys: slots, int64 [N] or a slice.
         size: (queries, keys).
-        hidden: where keys are not visible: (first column, integers [queries, columns]: 0 if hidden, else all bits set).
+        hidden: what is not visible: (first column, [queries, columns] of 0 and -inf) to be added to the scores.
         may_be_empty: a query may see none of the keys.
     """
 
@@ -126,38 +116,37 @@ def _block_tasks(call: AttentionCall, plan: Blocks) -> Iterator[_Task]:
                     slice(first, last),
                     index,
                     (last - first, len(keys)),
-                    _hide_future(index, first + call.q_offset, last + call.q_offset, call, row),
+                    _hide_future(index, first + call.q_offset, last + call.q_offset, call.mask, row),
                     # a list may lack the query's own block, or hold padding only
                     may_be_empty=call.mask is not None or len(keys) == 0 or int(keys[0]) > call.q_offset + first,
                 )
 
 
-def _hide_future(keys: Tensor, first: int, last: int, call: AttentionCall, row: int) -> Callable[[], Hidden]:
+def _hide_future(keys: Tensor, first: int, last: int, mask: Tensor | None, row: int) -> Callable[[], Hidden]:
     """Causality on the tail of ascending keys that crosses the diagonal; padding everywhere."""
-    mask, dtype = call.mask, call.query.dtype
-    # the first query's own key is never hidden; starting at it keeps the columns aligned
-    start = int(np.searchsorted(keys.numpy(), first))
 
     def hidden() -> Hidden:
         queries = torch.arange(first, last)[:, None]
         if mask is not None:
-            return [(0, _bits((keys > queries) | ~mask[row][keys] | ~mask[row][first:last, None], dtype))]
-        return [(start, _bits(keys[start:] > queries, dtype))] if start < len(keys) else []
+            return [(0, _bias((keys > queries) | ~mask[row][keys] | ~mask[row][first:last, None]))]
+        # the first query's own key is never hidden; starting at it keeps the columns aligned
+        start = int(torch.searchsorted(keys, first))
+        if len(keys) - start == last - first:
+            # the query block's own keys, nearly always
+            return [(start, _later(last - first))]
+        return [(start, _bias(keys[start:] > queries))] if start < len(keys) else []
 
-    if mask is None and len(keys) - start == last - first:
-        # the query block's own keys, nearly always
-        return lambda: [(start, _later(last - first, dtype))]
     return hidden
 
 
-def _bits(hide: Tensor, dtype: torch.dtype) -> Tensor:
-    return hide.to(_WIDE.get(dtype, torch.int8)).sub_(1)
+def _bias(hide: Tensor) -> Tensor:
+    return torch.zeros(hide.shape).masked_fill_(hide, float("-inf"))
 
 
 @lru_cache(maxsize=16)
-def _later(count: int, dtype: torch.dtype) -> Tensor:
+def _later(count: int) -> Tensor:
     """Hides from each of `count` queries in a row the keys of those after it: [count, count]."""
-    return _bits(torch.ones(count, count, dtype=torch.bool).triu(1), dtype)
+    return _bias(torch.ones(count, count, dtype=torch.bool).triu(1))
 
 
 def _window_tasks(call: AttentionCall, plan: Window) -> Iterator[_Task]:
@@ -172,7 +161,7 @@ def _window_tasks(call: AttentionCall, plan: Window) -> Iterator[_Task]:
         keys: slice | Tensor = slice(start, end)
         if sink:
             keys = torch.cat([torch.arange(sink), torch.arange(start, end)])
-        pieces = _outside(start, begin, end, sink, plan, call.query.dtype)
+        pieces = _outside(start, begin, end, sink, plan)
         for row in range(batch):
             for head in range(0, q_heads, groups):
                 size = (last - first, sink + end - start)
@@ -180,16 +169,16 @@ def _window_tasks(call: AttentionCall, plan: Window) -> Iterator[_Task]:
                 yield _Task(row, slice(head, head + groups), slice(first, last), keys, size, hidden)
 
 
-def _outside(start: int, begin: int, end: int, sink: int, plan: Window, dtype: torch.dtype) -> Hidden:
+def _outside(start: int, begin: int, end: int, sink: int, plan: Window) -> Hidden:
     """The window's left edge and the diagonal, for keys [start, end) that follow `sink` columns."""
     queries = torch.arange(begin, end)[:, None]
     # the last query's window begins here; keys from here on are inside every window
     edge = min(max(end - plan.window, start), begin)
     left, right = torch.arange(start, edge), torch.arange(begin, end)
     late = (right > queries) | (queries - right >= plan.window) & (right >= plan.sink)
-    pieces = [(sink + begin - start, _bits(late, dtype))]
+    pieces = [(sink + begin - start, _bias(late))]
     if edge > start:
-        pieces.append((sink, _bits((queries - left >= plan.window) & (left >= plan.sink), dtype)))
+        pieces.append((sink, _bias((queries - left >= plan.window) & (left >= plan.sink))))
     return pieces
 
 
@@ -228,7 +217,7 @@ def _band_tasks(call: AttentionCall, plan: Permuted, order: Tensor, local: int) 
                 keys: slice | Tensor = torch.arange(low, high) % n
             else:
                 keys = slice(max(low, 0), min(high, n)) if not plan.circular else slice(0, n)
-            hide = _hide_band(plan, places, mine, keys, local, call.query.dtype)
+            hide = _hide_band(plan, places, mine, keys, local)
             size = (len(mine), high - low if isinstance(keys, Tensor) else keys.stop - keys.start)
             queries = places[mine] - call.q_offset
             heads = slice(kv_head * groups, (kv_head + 1) * groups)
@@ -236,9 +225,7 @@ def _band_tasks(call: AttentionCall, plan: Permuted, order: Tensor, local: int) 
                 yield _Task(row, heads, queries, keys, size, hide, may_be_empty=local > 0)
 
 
-def _hide_band(
-    plan: Permuted, places: Tensor, slots: Tensor, keys: slice | Tensor, local: int, dtype: torch.dtype
-) -> Callable[[], Hidden]:
+def _hide_band(plan: Permuted, places: Tensor, slots: Tensor, keys: slice | Tensor, local: int) -> Callable[[], Hidden]:
     def hidden() -> Hidden:
         n = len(places)
         key_slots = keys if isinstance(keys, Tensor) else torch.arange(keys.start, keys.stop)
@@ -250,7 +237,7 @@ def _hide_band(
         outside = (distance > plan.before) | (distance < -plan.after) | (key > query)
         if local:
             outside |= (query - key < local) | (key < plan.sink)
-        return [(0, _bits(outside, dtype))]
+        return [(0, _bias(outside))]
 
     return hidden
 
@@ -258,31 +245,16 @@ def _hide_band(
 # Computing tasks ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What the tasks of one run share.
-
-    Attributes:
-        wild: (row, KV head) where scores turned out to need the row's maximum. Threads may add to it at any time.
-    """
-
-    call: AttentionCall
-    out: Tensor
-    lse: Tensor | None
-    wild: set[tuple[int, int]] = field(default_factory=set)
-
-
 def _run_tasks(tasks: list[_Task], call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
-    job = _Job(call, out, lse)
     workers = min(torch.get_num_threads(), len(tasks))
     longest = max((task.size[1] for task in tasks), default=0)
     tickets = itertools.count()
 
     def work() -> None:
         with torch.inference_mode():
-            buffers = _buffers(longest)
+            buffers = _buffers(call, longest)
             while (ticket := next(tickets)) < len(tasks):
-                _compute(tasks[ticket], job, buffers)
+                _compute(tasks[ticket], call, buffers, out, lse)
 
     if workers <= 1:
         work()
@@ -310,10 +282,7 @@ os.register_at_fork(after_in_child=_pool.cache_clear)
 _LOCAL = threading.local()
 
 
-_Take = Callable[[str, int, int, torch.dtype], Tensor]
-
-
-def _buffers(columns: int) -> _Take:
+def _buffers(call: AttentionCall, columns: int) -> Callable[[str, int, int, torch.dtype], Tensor]:
     """Scratch matrices that a worker keeps: fresh ones would cost more in page faults than in arithmetic."""
     store: dict[tuple[str, torch.dtype], Tensor] = _LOCAL.__dict__.setdefault("store", {})
 
@@ -326,16 +295,20 @@ def _buffers(columns: int) -> _Take:
     return take
 
 
-def _compute(task: _Task, job: _Job, take: _Take) -> None:
+def _compute(
+    task: _Task,
+    call: AttentionCall,
+    take: Callable[[str, int, int, torch.dtype], Tensor],
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
     """softmax(Q K^T) V of one task, into its place in `out` and `lse`."""
-    call, lse = job.call, job.lse
     dtype, dim = call.query.dtype, call.query.shape[-1]
     count, columns = task.size
     groups = task.heads.stop - task.heads.start
     rows = groups * count
-    out = job.out[task.row, task.heads]
     if columns == 0:
-        out[:, task.queries] = 0
+        out[task.row, task.heads, task.queries] = 0
         if lse is not None:
             empty = torch.tensor(float("-inf")) if call.sinks is None else call.sinks[task.heads].float()[:, None]
             lse[task.row, task.heads, task.queries] = empty
@@ -349,69 +322,32 @@ def _compute(task: _Task, job: _Job, take: _Take) -> None:
     else:
         key = torch.index_select(key, 0, task.keys, out=take("key", columns, dim, dtype))
         value = torch.index_select(value, 0, task.keys, out=take("value", columns, value.shape[-1], dtype))
-    weights = None
-    if dtype in _WIDE and columns >= _FEW and (task.row, kv_head) not in job.wild:
-        weights, total = _exponentials(_scores(query, key, call, take, math.log2(math.e)), call, task, take)
-        lowest, highest = torch.aminmax(total)
-        # false for NaN as well
-        if float(lowest) > _LOW and float(highest) < _HIGH:
-            result = torch.mm(weights, value, out=take("out", rows, value.shape[-1], dtype)).float()
-            result.mul_(total.reciprocal())
-            task_lse = total.log_() if lse is not None else None
-        else:
-            job.wild.add((task.row, kv_head))
-            weights = None
-    if weights is None:
-        weights, task_lse = _softmax(_scores(query, key, call, take, 1.0), call, task, take, lse is not None)
-        result = torch.mm(weights, value, out=take("out", rows, value.shape[-1], dtype))
-    if isinstance(task.queries, slice):
-        out[:, task.queries] = result.view(groups, count, -1)
-    else:
-        out.index_copy_(1, task.queries, result.view(groups, count, -1).to(dtype))
+    scores = take("scores", rows, columns, dtype)
+    # scaled before the scores are rounded
+    torch.addmm(scores, query, key.t(), beta=0, alpha=call.scaling, out=scores)
+    if call.softcap is not None:
+        scores = scores.float().div_(call.softcap).tanh_().mul_(call.softcap)
+    for start, bias in task.hidden():
+        # adding -inf is vectorised where filling by a mask is not
+        scores.view(groups, count, columns)[:, :, start : start + bias.shape[1]].add_(bias.to(scores.dtype))
+    probs, task_lse = _softmax(scores, call, task, take, lse is not None)
+    result = torch.mm(probs, value, out=take("out", rows, value.shape[-1], dtype))
+    out[task.row, task.heads, task.queries] = result.view(groups, count, -1)
     if lse is not None:
         assert task_lse is not None
         lse[task.row, task.heads, task.queries] = task_lse.view(groups, count)
 
 
-def _scores(query: Tensor, key: Tensor, call: AttentionCall, take: _Take, unit: float) -> Tensor:
-    """Scaled and capped scores, times `unit`, [rows, columns]; in fp32 where capped, else in the model's dtype."""
-    scores = take("scores", query.shape[0], key.shape[0], query.dtype)
-    if call.softcap is None:
-        # scaled before rounding
-        return torch.addmm(scores, query, key.t(), beta=0, alpha=call.scaling * unit, out=scores)
-    torch.addmm(scores, query, key.t(), beta=0, alpha=call.scaling, out=scores)
-    return scores.float().div_(call.softcap).tanh_().mul_(call.softcap * unit)
-
-
-def _exponentials(scores: Tensor, call: AttentionCall, task: _Task, take: _Take) -> tuple[Tensor, Tensor]:
-    """2**scores of the visible keys in the model's dtype, and their sums in fp32 [rows, 1], the learned sinks included."""
-    dtype = call.query.dtype
-    rows, columns = scores.shape
-    weights = torch.exp2(scores, out=scores if scores.dtype == dtype else take("scores", rows, columns, dtype))
-    bits = weights.view(_WIDE[dtype]).view(-1, task.size[0], columns)
-    for start, visible in task.hidden():
-        # clears infinities too
-        bits[:, :, start : start + visible.shape[1]].bitwise_and_(visible)
-    total = weights.sum(-1, keepdim=True, dtype=torch.float32)
-    if call.sinks is not None:
-        total.add_(_sinks(call.sinks, task).exp_())
-    return weights, total
-
-
-def _sinks(sinks: Tensor, task: _Task) -> Tensor:
-    """The logit of each row's learned sink, fp32 [rows, 1]."""
-    return sinks[task.heads].float().repeat_interleave(task.size[0])[:, None]
-
-
 def _softmax(
-    scores: Tensor, call: AttentionCall, task: _Task, take: _Take, need_lse: bool
+    scores: Tensor,
+    call: AttentionCall,
+    task: _Task,
+    take: Callable[[str, int, int, torch.dtype], Tensor],
+    need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """(probabilities in the model's dtype, LSE [rows, 1] or None) of scores [rows, columns], whatever their size."""
+    """(probabilities in the model's dtype, LSE [rows, 1] or None) of scores [rows, columns]."""
     dtype = call.query.dtype
     rows, columns = scores.shape
-    for start, visible in task.hidden():
-        part = scores.view(-1, task.size[0], columns)[:, :, start : start + visible.shape[1]]
-        part.masked_fill_(visible == 0, float("-inf"))
     if not need_lse and call.sinks is None:
         probs = torch.softmax(scores, -1, out=scores)
         probs = probs.nan_to_num_(0.0) if task.may_be_empty else probs
@@ -425,7 +361,8 @@ def _softmax(
         exact.nan_to_num_(0.0)
         lse.masked_fill_(highest == float("-inf"), float("-inf"))
     if call.sinks is not None:
-        with_sinks = torch.logaddexp(lse, _sinks(call.sinks, task))
+        sinks = call.sinks[task.heads].float().repeat_interleave(task.size[0])[:, None]
+        with_sinks = torch.logaddexp(lse, sinks)
         exact.mul_((lse - with_sinks).exp_())
         lse = with_sinks
     if dtype == torch.float32:
