@@ -18,7 +18,7 @@ class LayerReport:
         action: the plan kind, "adjust", "prune to N tokens", "dense" or "native window".
         kernel: what computed it.
         refused: kernels that were preferred and declined, with their reasons.
-        density: mean kept share of the causal pairs; None where nothing ran.
+        density: mean kept share of the causal pairs, of the tokens for pruning; None where nothing ran.
     """
 
     layer: int
@@ -46,7 +46,9 @@ class PatchReport:
         seen: dict[int, float] = {}
         for row in self.layers:
             if row.phase == phase and row.density is not None:
-                seen[row.layer] = min(row.density, seen.get(row.layer, 1.0))
+                # only a plan, which has a kernel, leaves pairs out; pruning counts tokens
+                kept = row.density if row.kernel else 1.0
+                seen[row.layer] = min(kept, seen.get(row.layer, 1.0))
         if not seen:
             return None
         return (sum(seen.values()) + self.num_layers - len(seen)) / self.num_layers

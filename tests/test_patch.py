@@ -382,3 +382,16 @@ def test_a_recipe_seeds_only_what_has_no_seed_of_its_own(model):
     recipe["patches"][1]["params"] = {"seed": 5}
     with hfpatch.patch(model, hfpatch.load_recipe(recipe)) as handle:
         assert [part.method.seed for part in handle.parts] == [3, 5]
+
+
+def test_report_density_counts_pairs_not_tokens():
+    model = tiny.tiny("llava", num_hidden_layers=4)
+    inputs = tiny.vlm_inputs("llava", model)
+    with hfpatch.patch(model, ["fastv:layer=1,keep=0.5", "swa:window=6,sink=0,layers=3"]) as handle:
+        logits(model, inputs)
+        report = handle.report()
+    n = inputs["input_ids"].shape[1] - 8
+    rows = {row.action: row.density for row in report.layers}
+    assert rows[f"prune to {n} tokens"] == pytest.approx(n / (n + 8))
+    window = sum(min(i + 1, 6) for i in range(n)) / (n * (n + 1) / 2)
+    assert report.density() == pytest.approx((3 + window) / 4)
