@@ -155,8 +155,10 @@ def split_padding(call: AttentionCall, layouts: list[Layout]) -> list[Part]:
     """
     parts = []
     for layout in layouts:
-        whole = len(layout.rows) == call.query.shape[0]
-        index = slice(None) if whole else torch.tensor(layout.rows, device=call.query.device)
+        first, last = layout.rows[0], layout.rows[-1]
+        # neighbours are a view; a cache must not be copied in every decoding step
+        neighbours = last - first + 1 == len(layout.rows)
+        index = slice(first, last + 1) if neighbours else torch.tensor(layout.rows, device=call.query.device)
         part = replace(
             call,
             query=call.query[index][:, :, layout.queries],
