@@ -365,6 +365,11 @@ def list_patchers(family: str | None = None, supports: Any = None) -> list[type[
 
 def _unwrap(model: Any) -> Any:
     """The transformers model inside a pipeline or a PEFT model."""
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedError(
+            "this model is compiled already, so its compiled code would not see a patch. "
+            "Patch the model first, then call torch.compile on it."
+        )
     if isinstance(model, nn.Module):
         peft: Any = model
         return peft.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model

@@ -371,6 +371,8 @@ def test_compiled_model_falls_into_the_same_path(model, inputs):
         want = model(**inputs).logits
         got = torch.compile(model, backend="eager")(**inputs).logits
     torch.testing.assert_close(got, want)
+    with pytest.raises(UnsupportedError, match="Patch the model first"):
+        hfpatch.patch(torch.compile(model, backend="eager"), "swa")
 
 
 def test_a_recipe_seeds_only_what_has_no_seed_of_its_own(model):
