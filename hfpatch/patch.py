@@ -225,6 +225,10 @@ class PatchHandle:
             "patch() returns a handle, not the model; the model is patched in place: use handle.model(...)."
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a pickle holds what was put on, never the model
+        return list, (self.specs,)
+
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"PatchHandle has no attribute {name!r}; the patched model is handle.model.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import subprocess
 import sys
 import warnings
@@ -157,6 +158,7 @@ def test_handle_is_not_the_model(model):
         with pytest.raises(AttributeError, match=r"handle\.model"):
             handle.generate()
         assert repr(handle) == "<PatchHandle swa layers=0-3 kernel=auto active>"
+        assert pickle.loads(pickle.dumps(handle)) == handle.specs
         assert "keeps" in str(handle)
 
 
