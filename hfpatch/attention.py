@@ -335,12 +335,18 @@ def _patched(
             index = torch.tensor(bound.heads, device=out.device)
             adjusted = out.index_copy(1, index, adjusted[:, index])
         out = adjusted
-        bound.count(phase, "adjust", "", {}, 1.0)
+        if bound is not planner:
+            bound.count(phase, "adjust", "", {}, 1.0)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _run_plan(bound: Bound, call: AttentionCall, engine: Engine) -> tuple[Tensor, Tensor | None] | None:
-    """Plan and run with the padding cut off; None where the plan keeps everything, so that the dense path can run."""
+def _run_plan(
+    bound: Bound, call: AttentionCall, engine: Engine, share: float = 1.0
+) -> tuple[Tensor, Tensor | None] | None:
+    """Plan and run with the padding cut off; None where the plan keeps everything, so that the dense path can run.
+
+    `share` of the layer's heads are in `call`; the density that is counted is the layer's.
+    """
     if bound.heads is not None:
         return _run_some_heads(bound, bound.heads, call, engine)
     if call.mask is None:
@@ -348,22 +354,23 @@ def _run_plan(bound: Bound, call: AttentionCall, engine: Engine) -> tuple[Tensor
         if plan.keeps_all(call):
             return None
         choice = _choose(bound, call, plan, engine)
-        bound.count(call.phase, type(plan).__name__, choice.name, choice.refused, plan.density(call))
+        density = 1.0 - share * (1.0 - plan.density(call))
+        bound.count(call.phase, type(plan).__name__, choice.name, choice.refused, density)
         return choice.run(call, plan)
     parts = split_padding(call, engine.layouts(call))
     plans = [plan_for(bound, part.call) for part in parts]
     if all(plan.keeps_all(part.call) for plan, part in zip(plans, parts, strict=True)):
         return None
     out, lse = empty_result(call)
-    density: Tensor | float = 0.0
+    kept: Tensor | float = 0.0
     for part, plan in zip(parts, plans, strict=True):
         choice = _choose(bound, part.call, plan, engine)
-        density = density + plan.density(part.call) * (len(part.layout.rows) / call.query.shape[0])
+        kept = kept + plan.density(part.call) * (len(part.layout.rows) / call.query.shape[0])
         part_out, part_lse = choice.run(part.call, plan)
         put_rows(out, part.layout, part_out)
         if part_lse is not None:
             put_rows(lse, part.layout, part_lse)
-    bound.count(call.phase, type(plan).__name__, choice.name, choice.refused, density)
+    bound.count(call.phase, type(plan).__name__, choice.name, choice.refused, 1.0 - share * (1.0 - kept))
     return out, lse
 
 
@@ -373,7 +380,8 @@ def _run_some_heads(
     """The plan on the chosen query heads, dense on the others."""
     device = call.query.device
     chosen = torch.tensor(heads, device=device)
-    sparse = _run_plan(replace(bound, heads=None), call.select_heads(chosen), engine)
+    share = len(heads) / call.query.shape[1]
+    sparse = _run_plan(replace(bound, heads=None), call.select_heads(chosen), engine, share)
     if sparse is None:
         return None
     others = torch.tensor([h for h in range(call.query.shape[1]) if h not in heads], dtype=torch.long, device=device)
@@ -392,7 +400,8 @@ def plan_for(bound: Bound, call: AttentionCall) -> Plan:
 
 
 def _choose(bound: Bound, call: AttentionCall, plan: Plan, engine: Engine) -> Choice:
-    choice = choose(call, plan, bound.kernel)
+    # a kernel that was named is meant for what the patch makes sparse
+    choice = choose(call, plan, "auto" if isinstance(plan, Dense) else bound.kernel)
     if choice.name == "reference" and bound.kernel == "auto":
         reasons = "; ".join(f"{k}: {r}" for k, r in choice.refused.items())
         engine.fall_back(f"{bound.method.name} uses the slow reference kernel for {call.phase}", reasons, bound.strict)

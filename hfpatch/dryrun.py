@@ -83,6 +83,6 @@ def _predict(
     if plan.keeps_all(call):
         return LayerPlan(layer, phase, f"{method.name}: Dense", "model's own", {}, 1.0)
     choice = choose(call, plan, bound.kernel)
-    return LayerPlan(
-        layer, phase, f"{method.name}: {type(plan).__name__}", choice.name, choice.refused, float(plan.density(call))
-    )
+    share = 1.0 if bound.heads is None else len(bound.heads) / anatomy.num_heads
+    density = 1.0 - share * (1.0 - float(plan.density(call)))
+    return LayerPlan(layer, phase, f"{method.name}: {type(plan).__name__}", choice.name, choice.refused, density)

@@ -16,6 +16,7 @@ import transformers
 
 import hfpatch
 from hfpatch.errors import ConfigError, ConflictError, HFPatchWarning, KernelUnavailableError, UnsupportedError
+from hfpatch.evals.generation import cache_argument, cache_of
 from hfpatch.registry import METHODS
 
 
@@ -198,8 +199,14 @@ def test_heads_limit_a_plan(model, inputs):
     seen = []
     hook = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
     logits(model, inputs)
-    with hfpatch.patch(model, "swa", window=4, sink=0, heads={0: [1]}):
+    with hfpatch.patch(model, "swa", window=4, sink=0, heads={0: [1]}) as handle:
         logits(model, inputs)
+        # the three dense heads count
+        (row,) = handle.report().layers
+        windowed = sum(sum(min(i + 1, 4) for i in range(n)) / (n * (n + 1) / 2) for n in (37, 40)) / 2
+        assert row.density == pytest.approx(1 - (1 - windowed) / 4, rel=1e-5)
+        predicted = [r.density for r in handle.explain(seq_len=40).layers if r.layer == 0 and r.phase == "prefill"]
+        assert predicted == [pytest.approx(1 - (1 - sum(min(i + 1, 4) for i in range(40)) / 820) / 4)]
     with hfpatch.patch(model, "swa", window=4, sink=0, layers=0):
         logits(model, inputs)
     hook.remove()
@@ -399,3 +406,28 @@ def test_report_density_counts_pairs_not_tokens():
     assert rows[f"prune to {n} tokens"] == pytest.approx(n / (n + 8))
     window = sum(min(i + 1, 6) for i in range(n)) / (n * (n + 1) / 2)
     assert report.density() == pytest.approx((3 + window) / 4)
+
+
+def test_a_named_kernel_and_rows_that_stay_dense(model):
+    """`dense_below` leaves the short row of a padded batch dense, which the named kernel does not run."""
+    inputs = tiny.text_inputs(model, batch=2, length=40, padding=[25, 0])
+    with hfpatch.patch(model, "swa", window=4, kernel="cpu_blocks", dense_below=20):
+        batch = logits(model, inputs)
+        for row, pad in ((0, 25), (1, 0)):
+            alone = logits(model, {k: v[row : row + 1, pad:] for k, v in inputs.items()})
+            torch.testing.assert_close(batch[row : row + 1, pad:], alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
+def test_a_second_turn_on_a_kept_cache(family):
+    model = tiny.tiny(family)
+    inputs = tiny.text_inputs(model, length=40)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    with hfpatch.patch(model, "swa", window=8, sink=2) as handle, torch.no_grad():
+        first = model.generate(**inputs, **options, return_dict_in_generate=True)
+        cache = cache_of(first)
+        ids = torch.cat([first.sequences, tiny.text_inputs(model, length=9, seed=5)["input_ids"]], 1)
+        turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        again = model.generate(**turn, **options, **{cache_argument(model): cache})
+        assert torch.equal(again, model.generate(**turn, **options))
+        assert "extend" in {row.phase for row in handle.report().layers}
