@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 DENSE, PATCHED = "dense", "patched"
+_UNITS = 1 << 40
 
 
 def arm_names(handle: Any, baseline: str = "dense") -> tuple[str, ...]:
@@ -29,21 +30,26 @@ def running(handle: Any, arm: str) -> AbstractContextManager[Any]:
 
 
 class LayerTotals:
-    """Sums the per-layer reports of many samples: the rows of layers.json."""
+    """Sums the per-layer reports of many samples: the rows of layers.json.
+
+    Densities are summed as whole multiples of 2^-40, so that the totals do not depend on the order of the samples, on
+    interruptions or on how many processes shared the work.
+    """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]] = ()) -> None:
         self._rows: dict[str, dict[str, Any]] = {}
         self.add(rows)
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Reports of layers, or rows of other totals."""
         for row in rows:
             key = json.dumps([row["layer"], row["phase"], row["action"], row["kernel"], row["refused"]], sort_keys=True)
-            seen = self._rows.setdefault(key, {**row, "calls": 0, "density": None})
-            if row["density"] is not None:
-                # calls before this row had a density too, or it would be None for this kind of layer always
-                before = 0.0 if seen["density"] is None else seen["density"] * seen["calls"]
-                seen["density"] = (before + row["density"] * row["calls"]) / max(seen["calls"] + row["calls"], 1)
+            seen = self._rows.setdefault(key, {**row, "calls": 0, "density": None, "units": 0})
             seen["calls"] += row["calls"]
+            if row["density"] is not None:
+                # where one row of a kind has a density, all have
+                seen["units"] += row.get("units", round(row["density"] * row["calls"] * _UNITS))
+                seen["density"] = seen["units"] / _UNITS / max(seen["calls"], 1)
 
     def rows(self) -> list[dict[str, Any]]:
         return sorted(self._rows.values(), key=lambda row: (row["phase"], row["layer"], row["action"], row["kernel"]))

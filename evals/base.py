@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -38,9 +38,15 @@ class Sample:
 
     Attributes:
         id: number within its cell.
+        cell: JSON-able; `length` (prompt tokens) where it is known in advance; `depth`, `subtask` where there are any.
         seed: seed of the run; with `id` and `cell` it gives the same sample again.
         ids: token ids of the prompt, chat template included.
-        gold: the expected answer.
+        gold: the expected answer, or all that are accepted.
+        truncated: the task's rule cut the prompt to the model's context.
+        refused: why this prompt cannot run; it is recorded and counted, not run.
+        shared: the first tokens of `ids` that neighbouring samples of the cell begin with too, so that their keys and
+            values can be kept; 0 = none.
+        meta: JSON-able facts for `Task.score`.
     """
 
     id: int
@@ -49,7 +55,11 @@ class Sample:
     ids: list[int]
     subtask: str | None = None
     prompt: str = ""
-    gold: str = ""
+    gold: str | list[str] = ""
+    truncated: bool = False
+    refused: str | None = None
+    shared: int = 0
+    meta: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,36 +83,67 @@ class Task(Options):
         version: changes whenever the same options would give other prompts or scores.
         summary: one line for `hfpatch list tasks`.
         metrics: names of the scores; the first is the headline. A failed sample scores 0 in each.
+        lower_is_better: those of them where less is better.
         paired: the arms are measured together (`compare`), not one after the other (`run`).
     """
 
     version: ClassVar[int] = 1
     summary: ClassVar[str] = ""
     metrics: ClassVar[tuple[str, ...]]
+    lower_is_better: ClassVar[tuple[str, ...]] = ()
     paired: ClassVar[bool] = False
 
     def cells(self) -> list[Cell]:
-        """Every cell of the result table, each with at least `length` (prompt tokens)."""
+        """Every cell of the result table, known without a model; see `Sample.cell`."""
         raise NotImplementedError
 
     def count(self, cell: Cell) -> int:
         """Samples in a cell."""
         raise NotImplementedError
 
-    def draw(self, tokenizer: Any, cell: Cell, seed: int) -> Iterator[Sample]:
-        """The samples of a cell, the same for the same seed."""
+    def draw(self, tokenizer: Any, cell: Cell, seed: int, context: int | None = None) -> Iterator[Sample]:
+        """The samples of a cell, the same for the same seed.
+
+        Args:
+            context: tokens that the model takes, prompt and answer together, where that is known: tasks that cut long
+                prompts cut to this.
+        """
         raise NotImplementedError
 
     def score(self, sample: Sample, text: str) -> dict[str, float]:
         """Scores in [0, 1] of a generated answer, one per name in `metrics`."""
         raise NotImplementedError
 
-    def tokens_to_generate(self) -> int:
+    def tokens_to_generate(self, cell: Cell) -> int:
         return 0
 
+    def stop_at_newline(self, cell: Cell) -> bool:
+        """Whether a line break ends the answer too; then at least one token is generated."""
+        return False
+
+    def notes(self) -> list[str]:
+        """What a reader of the results must know, such as rows of a data file that were left out."""
+        return []
+
     def run(self, model: Any, tokenizer: Any, sample: Sample) -> Outcome:
-        """Answer a sample with the model as it is now."""
-        (made,) = generation.greedy(model, tokenizer, [sample.ids], self.tokens_to_generate())
+        """Answer a sample with the model as it is now. Tasks that generate nothing override this."""
+        return self.run_batch(model, tokenizer, [sample])[0]
+
+    def run_batch(
+        self, model: Any, tokenizer: Any, samples: Sequence[Sample], prefix: generation.Prefix | None = None
+    ) -> list[Outcome]:
+        """Answer samples of one cell together, as one left-padded batch, or on the kept keys of their common start."""
+        made = generation.greedy(
+            model,
+            tokenizer,
+            [sample.ids for sample in samples],
+            self.tokens_to_generate(samples[0].cell),
+            newline_stops=self.stop_at_newline(samples[0].cell),
+            prefix=prefix,
+        )
+        return [self.outcome(sample, one) for sample, one in zip(samples, made, strict=True)]
+
+    def outcome(self, sample: Sample, made: generation.Generated) -> Outcome:
         return Outcome(
             output=made.text,
             output_tokens=len(made.tokens),
@@ -111,6 +152,11 @@ class Task(Options):
             decode_ms=made.decode_ms,
             scores=self.score(sample, made.text),
         )
+
+    @classmethod
+    def generates(cls) -> bool:
+        """Whether answers are generated, so that samples can share a batch or a prefix."""
+        return cls.run is Task.run and not cls.paired
 
     def compare(self, model: Any, handle: Any, tokenizer: Any, sample: Sample) -> dict[str, Outcome]:
         """Both arms of a sample, for tasks that are `paired`; `handle` may be None (dense only)."""

@@ -6,15 +6,18 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hfpatch.errors import DataMissingError, UnsupportedError
+from hfpatch.errors import UnsupportedError
 from hfpatch.evals import haystack
 from hfpatch.evals.arms import DENSE, PATCHED, running
 from hfpatch.evals.base import Cell, Outcome, Sample, Task, option, register_task, token_counts
+from hfpatch.evals.logits import Logits, read
+from hfpatch.evals.perplexity import running_tokens
 
 
 @dataclass(frozen=True)
@@ -22,14 +25,23 @@ class Pass:
     """One forward over a window.
 
     Attributes:
-        log_probs: fp32 [scored + 1, vocabulary], at the last tokens.
-        nll: mean negative log-likelihood of the last `scored` tokens.
-        attention: per layer, the attention module's output at these places, [scored + 1, hidden].
+        logits: at its last places.
+        attention: per layer, the attention module's output at the compared places, [scored + 1, hidden].
     """
 
-    log_probs: Tensor
-    nll: float
+    logits: Logits
     attention: dict[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two passes over one window, place by place, fp64 [places]: KL(dense || patched) in nats, agreement of the most
+    likely token (0 or 1), and negative log-likelihood of the next token in either, [places - 1]."""
+
+    kl: Tensor
+    top1: Tensor
+    nll_dense: Tensor
+    nll_patched: Tensor
 
 
 @register_task
@@ -40,6 +52,9 @@ class Fidelity(Task):
     Scores of the patched arm: `top1_agree`, share of places with dense's most likely token; `kl_last`, KL(dense ||
     patched) in nats at the last place; `ppl_dense`, `ppl_patched` and their difference `ppl_delta`;
     `attn_cosine_mean`, cosine of the attention modules' outputs with dense's, mean over places and layers.
+
+    Rows also hold `per_position`: top-1 agreement and mean KL in equal parts of the whole window, by the place at which
+    each part starts; it shows whether a patch is wrong from the beginning or only far into a text.
     """
 
     name: ClassVar[str] = "fidelity"
@@ -59,6 +74,7 @@ class Fidelity(Task):
     samples: int = option(4, "Windows of each length.", ge=1)
     text: str = option("builtin", "builtin, essays, or the path of a text file.")
     score_tokens: int = option(512, "Last tokens of a window that are compared; the ones before are context.", ge=1)
+    positions: int = option(8, "Equal parts of the window for agreement along positions; 0: none.", ge=0)
     allow_overlong: bool = option(False, "Run windows longer than the model's context.")
 
     def check(self) -> None:
@@ -71,53 +87,48 @@ class Fidelity(Task):
     def count(self, cell: Cell) -> int:
         return self.samples
 
-    def draw(self, tokenizer: Any, cell: Cell, seed: int) -> Iterator[Sample]:
+    def draw(self, tokenizer: Any, cell: Cell, seed: int, context: int | None = None) -> Iterator[Sample]:
         """Neighbouring windows of one text."""
         length = cell["length"]
-        text = haystack.Haystack(haystack.sentences(self.text, f"fidelity:{seed}"))
-        need, size = length * self.samples, 6 * length * self.samples
-        ids: list[int] = []
-        while len(ids) < need:
-            ids = list(tokenizer(text.cut(size), add_special_tokens=False, verbose=False)["input_ids"])
-            if not ids:
-                raise DataMissingError(f"the tokenizer makes no tokens of text {self.text!r}. Give another text.")
-            size *= 2
+        ids = running_tokens(tokenizer, self.text, f"fidelity:{seed}", length * self.samples)
         for number in range(self.samples):
             window = ids[number * length : (number + 1) * length]
             yield Sample(number, cell, seed, window)
 
     def compare(self, model: Any, handle: Any, tokenizer: Any, sample: Sample) -> dict[str, Outcome]:
+        ids = sample.ids
+        scored = min(self.score_tokens, len(ids) - 1)
         with running(handle, DENSE):
-            dense = self._read(model, sample.ids)
-        scores = {"ppl_dense": _perplexity(dense.nll)}
-        outcomes = {DENSE: Outcome(finish="length", scores=scores)}
+            dense = self._read(model, ids, scored)
         if handle is None:
-            return outcomes
+            nll = dense.logits.nll(ids[1 - len(dense.logits.held) :])[-scored:]
+            return {DENSE: Outcome(finish="length", scores={"ppl_dense": _perplexity(nll)})}
         with running(handle, PATCHED):
-            patched = self._read(model, sample.ids)
+            patched = self._read(model, ids, scored)
+        difference = _difference(dense.logits, patched.logits, ids)
         cosine = _cosines(dense.attention, patched.attention)
         known = [value for value in cosine if value is not None]
+        ppl_dense, ppl_patched = (_perplexity(n[-scored:]) for n in (difference.nll_dense, difference.nll_patched))
         scores = {
-            "top1_agree": float((dense.log_probs.argmax(-1) == patched.log_probs.argmax(-1)).double().mean()),
-            "kl_last": _kl(dense.log_probs[-1], patched.log_probs[-1]),
-            "ppl_dense": _perplexity(dense.nll),
-            "ppl_patched": _perplexity(patched.nll),
-            "ppl_delta": _perplexity(patched.nll) - _perplexity(dense.nll),
+            "top1_agree": float(difference.top1[-scored - 1 :].mean()),
+            "kl_last": float(difference.kl[-1]),
+            "ppl_dense": ppl_dense,
+            "ppl_patched": ppl_patched,
+            "ppl_delta": ppl_patched - ppl_dense,
             "attn_cosine_mean": sum(known) / len(known) if known else math.nan,
         }
-        extra = {"per_layer": {"attn_cosine": cosine}}
-        return outcomes | {PATCHED: Outcome(finish="length", scores=scores, extra=extra)}
+        extra: dict[str, Any] = {"per_layer": {"attn_cosine": cosine}}
+        if self.positions:
+            extra["per_position"] = _along(difference, min(self.positions, len(ids)))
+        return {
+            DENSE: Outcome(finish="length", scores={"ppl_dense": ppl_dense}),
+            PATCHED: Outcome(finish="length", scores=scores, extra=extra),
+        }
 
-    @torch.no_grad()
-    def _read(self, model: Any, ids: list[int]) -> Pass:
-        """One forward over a window; only the compared places are kept, as all its logits may not fit in memory."""
-        scored = min(self.score_tokens, len(ids) - 1)
-        tokens = torch.tensor([ids], device=model.device)
+    def _read(self, model: Any, ids: list[int], scored: int) -> Pass:
         with _attention_outputs(model, scored + 1) as attention:
-            logits = model(input_ids=tokens, use_cache=False, logits_to_keep=scored + 1).logits[0]
-        log_probs = logits.float().log_softmax(-1)
-        nll = -log_probs[:-1].gather(-1, tokens[0, len(ids) - scored :, None]).mean() if scored else torch.tensor(0.0)
-        return Pass(log_probs, float(nll), attention)
+            logits = read(model, ids, len(ids) if self.positions else scored + 1)
+        return Pass(logits, attention)
 
 
 @contextmanager
@@ -151,11 +162,34 @@ def _cosines(dense: dict[int, Tensor], patched: dict[int, Tensor]) -> list[float
     return cosines
 
 
-def _kl(dense: Tensor, patched: Tensor) -> float:
-    """KL(dense || patched) of two log-distributions, in nats."""
-    return float((dense.double().exp() * (dense.double() - patched.double())).nan_to_num(0.0).sum())
+def _difference(dense: Logits, patched: Logits, ids: list[int]) -> Difference:
+    """Piece by piece: the distributions of a whole window may not fit in memory."""
+    # nothing follows the last place; what stands there instead is cut off again
+    following = torch.tensor([*ids[1:], 0], device=dense.held.device)[-len(dense.held) :].split(dense.rows)
+    found: tuple[list[Tensor], ...] = ([], [], [], [])
+    for wanted, one, other in zip(following, dense.log_probs(), patched.log_probs(), strict=True):
+        p, q = one.double(), other.double()
+        # where p is 0 the term is 0, whatever q is
+        found[0].append((p.exp() * (p - q)).nan_to_num(0.0).sum(-1))
+        found[1].append((p.argmax(-1) == q.argmax(-1)).double())
+        for place, log_probs in ((2, p), (3, q)):
+            found[place].append(-log_probs.gather(-1, wanted[:, None])[:, 0])
+    kl, top1, nll_dense, nll_patched = (torch.cat(parts) for parts in found)
+    return Difference(kl, top1, nll_dense[:-1], nll_patched[:-1])
 
 
-def _perplexity(nll: float) -> float:
+def _along(difference: Difference, parts: int) -> dict[str, list[Any]]:
+    """Means over equal parts of the window."""
+    ends = [len(difference.kl) * part // parts for part in range(parts + 1)]
+    spans = list(pairwise(ends))
+    return {
+        "start": ends[:-1],
+        "top1": [float(difference.top1[a:b].mean()) for a, b in spans],
+        "kl": [float(difference.kl[a:b].mean()) for a, b in spans],
+    }
+
+
+def _perplexity(nll: Tensor) -> float:
+    """exp of the mean; 1 where nothing was scored."""
     # beyond this exp overflows; a random model may get there
-    return math.exp(min(nll, 700.0))
+    return math.exp(min(float(nll.double().mean()), 700.0)) if len(nll) else 1.0

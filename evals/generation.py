@@ -52,13 +52,63 @@ def stop_ids(model: Any, tokenizer: Any) -> set[int]:
     return (ids | {getattr(tokenizer, "eos_token_id", None)}) - {None}
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of a text that several prompts begin with, so that they are computed once.
+
+    What follows the text is then a step on a filled cache (phase "extend"): a method whose prefill looks at the whole
+    prompt, the question included, decides without it.
+    """
+
+    tokens: list[int]
+    cache: Any
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Any, tokens: list[int]) -> Prefix | None:
+        """The kept text; None if this model's cache cannot be cut back (sliding windows forget)."""
+        inputs = torch.tensor([tokens], device=model.device)
+        cache = cache_of(model(input_ids=inputs, use_cache=True, logits_to_keep=1))
+        layers = getattr(cache, "layers", None)
+        if not layers or any(getattr(layer, "is_sliding", False) or not hasattr(layer, "crop") for layer in layers):
+            return None
+        return cls(tokens, cache)
+
+    def cut_back(self) -> None:
+        """Forget what came after the text."""
+        beyond = self.cache.get_seq_length() - len(self.tokens)
+        if beyond > 0:
+            self.cache.crop(-beyond)
+
+
 @torch.no_grad()
-def greedy(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[Generated]:
-    """Continue `prompts` (token ids); prompts of unequal length run as one left-padded batch."""
+def greedy(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    newline_stops: bool = False,
+    prefix: Prefix | None = None,
+) -> list[Generated]:
+    """Continue `prompts` (token ids); prompts of unequal length run as one left-padded batch.
+
+    Args:
+        newline_stops: a line break ends the answer too; then at least one token is generated.
+        prefix: kept start of the one prompt; its cache is cut back afterwards.
+    """
     device = model.device
-    inputs = _left_padded(prompts, getattr(tokenizer, "pad_token_id", None) or 0, device)
-    stop = torch.tensor(sorted(stop_ids(model, tokenizer)), dtype=torch.long, device=device)
+    stops = stop_ids(model, tokenizer)
+    if newline_stops:
+        stops |= set(tokenizer("\n", add_special_tokens=False)["input_ids"][-1:])
+    stop = torch.tensor(sorted(stops), dtype=torch.long, device=device)
     name, cache = cache_argument(model), None
+    if prefix is not None:
+        (prompt,) = prompts
+        start = len(prefix.tokens)
+        assert prompt[:start] == prefix.tokens and len(prompt) > start
+        prompts, cache = [prompt[start:]], prefix.cache
+    inputs = _left_padded(prompts, getattr(tokenizer, "pad_token_id", None) or 0, device)
     steps: list[Tensor] = []
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     synchronize(device)
@@ -67,7 +117,10 @@ def greedy(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens:
     for step in range(max_new_tokens):
         output = model(**inputs, **{name: cache}, use_cache=True, logits_to_keep=1)
         cache = cache_of(output)
-        token = output.logits[:, -1].argmax(-1)
+        logits = output.logits[:, -1]
+        if newline_stops and step == 0:
+            logits = logits.index_fill(-1, stop, float("-inf"))
+        token = logits.argmax(-1)
         steps.append(token)
         ended |= torch.isin(token, stop)
         if step == 0:
@@ -76,12 +129,14 @@ def greedy(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens:
         if bool(ended.all()):
             break
         inputs = _next_inputs(inputs, token)
+    if prefix is not None:
+        prefix.cut_back()
     synchronize(device)
     total_ms = 1e3 * (time.perf_counter() - started)
     decode_ms = (total_ms - prefill_ms) / (len(steps) - 1) if len(steps) > 1 else None
     made = []
     for row in torch.stack(steps, 1).tolist():
-        end = next((i for i, token in enumerate(row) if token in set(stop.tolist())), None)
+        end = next((i for i, token in enumerate(row) if token in stops), None)
         tokens = row[:end]
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         made.append(Generated(text, tokens, "length" if end is None else "eos", prefill_ms, decode_ms))

@@ -77,10 +77,10 @@ class Niah(Task):
     def count(self, cell: Cell) -> int:
         return self.samples
 
-    def tokens_to_generate(self) -> int:
+    def tokens_to_generate(self, cell: Cell) -> int:
         return self.max_new_tokens
 
-    def draw(self, tokenizer: Any, cell: Cell, seed: int) -> Iterator[Sample]:
+    def draw(self, tokenizer: Any, cell: Cell, seed: int, context: int | None = None) -> Iterator[Sample]:
         for number in range(self.samples):
             yield self._sample(tokenizer, cell, seed, number)
 

@@ -13,12 +13,12 @@ import torch
 
 from hfpatch.doctor import doctor
 from hfpatch.errors import ConfigError, DataMissingError, HFPatchError
-from hfpatch.evals import arms
 from hfpatch.evals.bench import Bencher
 from hfpatch.evals.latency import dense_name, use_best_dense
 from hfpatch.evals.progress import Progress, Silent
 from hfpatch.evals.quality import Evaluation
-from hfpatch.evals.work import Work
+from hfpatch.evals.shards import Shard
+from hfpatch.evals.work import Work, context_of
 from hfpatch.load import Loaded, load
 from hfpatch.patch import active
 from hfpatch.patch import patch as put_on
@@ -48,6 +48,9 @@ def run_recipe(
 ) -> RunDir | None:
     """Run all evals and the bench of a recipe, dense and patched in this process, and write the report.
 
+    Under `accelerate launch` the samples are shared among the processes (see `hfpatch.evals.shards`); the bench runs in
+    the main one, which alone returns the run. The others return None.
+
     Args:
         out: where the run directory goes; default: `output.dir` of the recipe.
         resume: directory of an interrupted run of the same recipe; what it has is not run again.
@@ -57,17 +60,23 @@ def run_recipe(
 
     Raises:
         HFPatchError: more than 5 % of the samples failed, or a part of the bench; after everything was written.
+            Samples whose prompt did not fit the model are counted apart.
         KeyboardInterrupt: after what was measured so far was written. The model is unpatched in every case.
     """
-    progress = progress or Silent()
     work = Work.of(recipe)
     if dry_run:
+        progress = progress or Silent()
         for item in work.items(limit):
             progress.line(f"{item['task']} {item['cell']}: {item['samples']} samples × {', '.join(item['arms'])}")
         return None
+    shard = Shard.here()
+    progress = progress if progress is not None and shard.is_main else Silent()
     if loaded is None:
         progress.line(f"loading {recipe.model.id}")
-        loaded = load(recipe.model.id, say=progress.line, **recipe.model.load_options())
+        options = recipe.model.load_options()
+        if shard.device is not None and options["device"] is None and options["device_map"] is None:
+            options["device"] = shard.device
+        loaded = load(recipe.model.id, say=progress.line, **options)
         if recipe.bench is not None and recipe.model.attn == "auto":
             use_best_dense(loaded.model)
     _check_handles(loaded, recipe)
@@ -76,26 +85,35 @@ def run_recipe(
         raise DataMissingError(f"{loaded.source} comes without a tokenizer, which evals need. Put its files beside it.")
     notes = work.check_context(loaded.model)
     for task in work.tasks:
-        # a length too short for the prompt is said now, not in the middle
-        next(task.draw(tokenizer, task.cells()[0], _seed(recipe)))
+        # a length too short for the prompt, or data without a row, is said now, not in the middle
+        if next(task.draw(tokenizer, task.cells()[0], _seed(recipe), context_of(loaded.model)), None) is None:
+            raise DataMissingError(f"{task.name} has no samples in {task.cells()[0]}. {' '.join(task.notes())}")
+        notes += task.notes()
     if limit is not None:
         notes.append(f"LIMITED RUN – not comparable: the first {limit} samples of each task")
     run: RunDir | None = None
     try:
         with _deterministic(recipe.runtime.deterministic), _patched(loaded, recipe) as handle:
-            if resume is not None:
-                run = RunDir.resume(resume, recipe.hash())
-            else:
-                env = doctor(fast=True).to_dict() | {"argv": sys.argv, "model_source": loaded.source}
-                env |= {"limit": limit, "notes": notes}
-                run = RunDir.create(Path(out or recipe.output.dir), recipe.name, recipe.to_dict(), recipe.hash(), env)
-            for note in notes:
+            if shard.is_main:
+                if resume is not None:
+                    run = RunDir.resume(resume, recipe.hash())
+                else:
+                    env = doctor(fast=True).to_dict() | {"argv": sys.argv, "model_source": loaded.source}
+                    env |= {"limit": limit, "notes": notes, "processes": shard.world}
+                    run = RunDir.create(
+                        Path(out or recipe.output.dir), recipe.name, recipe.to_dict(), recipe.hash(), env
+                    )
+            path = shard.agree(None if run is None else run.path)
+            run = run or RunDir(path, recipe.name, recipe.hash())
+            for note in notes if shard.is_main else ():
                 progress.line(note)
                 run.log(note)
-            broken = _measure(work, recipe, loaded.model, tokenizer, handle, run, limit, progress)
+            broken = _measure(work, recipe, loaded.model, tokenizer, handle, run, limit, progress, shard)
     except KeyboardInterrupt:
-        if run is None:
+        if run is None or not shard.is_main:
             raise
+        if shard.world == 1:
+            shard.collect(run)
         _finish(run, recipe)
         progress.line(
             f"interrupted; what was measured is kept in {run.path}. Go on with: "
@@ -104,6 +122,8 @@ def run_recipe(
         raise
     finally:
         progress.stop()
+    if not shard.is_main:
+        return None
     _finish(run, recipe)
     _judge(run, broken)
     return run
@@ -118,17 +138,24 @@ def _measure(
     run: RunDir,
     limit: int | None,
     progress: Progress,
+    shard: Shard,
 ) -> list[str]:
     """Everything that is not done yet; returns the parts of the bench that failed."""
     attn = dense_name(model)
+    shard.collect(run)
+    done = shard.agree(run.done() if shard.is_main else None)
     evaluation = Evaluation(
         model, tokenizer, handle, work.names, attn, _seed(recipe), run, progress, recipe.output.save_prompts,
-        run.done(), arms.LayerTotals(run.layers()),
+        context_of(model), done, recipe.generation.batch_size, recipe.generation.reuse_context, shard,
     )  # fmt: skip
-    parts = work.bench.unfinished(run.bench(), work.names) if work.bench else []
+    parts = work.bench.unfinished(run.bench(), work.names) if work.bench and shard.is_main else []
     progress.start(work.steps(limit, parts), recipe.name)
     for task in work.tasks:
         evaluation.task(task, limit)
+    shard.collect(run)
+    if not shard.is_main:
+        return []
+    run.add_notes([note for task in work.tasks for note in task.notes()])
     if work.bench is None:
         return []
     seed = recipe.runtime.seed
@@ -191,7 +218,7 @@ def _finish(run: RunDir, recipe: Recipe) -> None:
 
 def _judge(run: RunDir, broken: Sequence[str]) -> None:
     """Raise HFPatchError if the run as a whole failed."""
-    rows = run.samples()
+    rows = [row for row in run.samples() if row["finish"] != "refused"]
     failed = [row for row in rows if row["error"]]
     if len(failed) > MAX_FAILED * len(rows):
         raise HFPatchError(

@@ -61,7 +61,9 @@ class Work:
                 left = None if left is None else left - samples
                 if samples:
                     work = {"task": task.name, "cell": cell, "samples": samples, "arms": list(self.names)}
-                    items.append(work | {"prompt_tokens": cell["length"] * samples * len(self.names)})
+                    # where the data decide how long a prompt is, nobody knows yet
+                    length = cell.get("length")
+                    items.append(work | {"prompt_tokens": length and length * samples * len(self.names)})
         for what, length in self.bench.parts() if self.bench else []:
             turns = self.bench.turns(what) if self.bench else 0
             work = {"task": f"bench {what}", "cell": {"length": length}, "samples": turns, "arms": list(self.names)}
@@ -76,15 +78,17 @@ class Work:
 
     def check_context(self, model: Any) -> list[str]:
         """Notes on prompts beyond the model's context; raises ConfigError where they were not allowed."""
-        context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        context = context_of(model)
         notes = []
-        wanted: list[tuple[Options, Sequence[int]]] = [(t, [c["length"] for c in t.cells()]) for t in self.tasks]
+        wanted: list[tuple[Options, Sequence[int]]] = [
+            (t, lengths) for t in self.tasks if (lengths := [c["length"] for c in t.cells() if c.get("length")])
+        ]
         wanted += [(self.bench, self.bench.lengths)] if self.bench else []
         for options, lengths in wanted:
             longest = max(lengths)
             if context is None or longest <= context:
                 continue
-            if not options.allow_overlong:
+            if not getattr(options, "allow_overlong", False):
                 raise ConfigError(
                     f"{options.name}: prompts of {longest} tokens exceed the model's context of {context} tokens. Take "
                     "shorter lengths, or allow_overlong to run them all the same."
@@ -94,3 +98,8 @@ class Work:
                 f"{options.name}: {beyond} of {len(lengths)} cells exceed the model's context of {context} tokens"
             )
         return notes
+
+
+def context_of(model: Any) -> int | None:
+    """The most tokens that a model was made for, None if its config does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

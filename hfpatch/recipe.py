@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -34,6 +35,9 @@ ENVIRONMENT = {"HFPATCH_KERNEL": ("runtime", "kernel"), "HFPATCH_STRICT": ("runt
 _SIZE = re.compile(r"\d+(?:\.\d+)?[kKM]|\d+(?:\.\d+)?%")
 _SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SELECTORS = ("layers", "heads", "phase")
+# where a size may stand in formats without unquoted text
+_SIZED = ("patches", "evals", "bench")
+_UNSWEPT = ("version", "name", "output", "expect", "matrix")
 
 Keys = tuple[str | int, ...]
 T = TypeVar("T")
@@ -127,8 +131,17 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Generation:
+    """How answers are generated.
+
+    Attributes:
+        batch_size: prompts that run together, left-padded.
+        reuse_context: keep the keys and values of a text that several questions share; see `hfpatch.evals.generation`.
+    """
+
     max_new_tokens: int = 64
     do_sample: bool = False
+    batch_size: int = 1
+    reuse_context: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,12 +162,16 @@ class Output:
 
 @dataclass(frozen=True)
 class Expect:
-    """A number from a paper or an earlier run, shown beside ours."""
+    """A number from a paper or an earlier run, shown beside ours.
+
+    `at` binds it to those points of a sweep that have these values: `{"patches.0.params.keep": 0.25}`.
+    """
 
     metric: str
     value: float
     tol: float | None = None
     source: str = ""
+    at: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -162,6 +179,7 @@ class Recipe:
     """One run: model, patches, what to measure, where the results go.
 
     `evals` are plain options with a `task` name; the task checks the rest when it runs. `bench` likewise.
+    `matrix` makes it a sweep: dotted path -> values, of which every combination is a run of its own; see `points`.
     """
 
     version: int = VERSION
@@ -174,6 +192,7 @@ class Recipe:
     prompt: Prompt = field(default_factory=Prompt)
     evals: tuple[dict[str, Any], ...] = ()
     bench: dict[str, Any] | None = None
+    matrix: dict[str, list[Any]] = field(default_factory=dict)
     output: Output = field(default_factory=Output)
     expect: tuple[Expect, ...] = ()
 
@@ -183,14 +202,48 @@ class Recipe:
         for n, options in enumerate(self.evals):
             if not isinstance(options.get("task"), str):
                 raise ConfigError(f"evals.{n} names no task. Add for instance `task: niah`.")
+        for path, values in self.matrix.items():
+            if path.partition(".")[0] in _UNSWEPT:
+                raise ConfigError(f"matrix.{path}: {path!r} decides no result, so there is nothing to sweep over.")
+            if not values:
+                raise ConfigError(f"matrix.{path} has no values. Give a list such as [1, 2], or leave it out.")
+        for n, want in enumerate(self.expect):
+            for path, value in want.at.items():
+                if value not in self.matrix.get(path, []):
+                    raise ConfigError(
+                        f"expect.{n}.at.{path}: no point of the sweep has {value!r} there. matrix has: "
+                        f"{', '.join(f'{key}: {_flow(values)}' for key, values in self.matrix.items()) or 'nothing'}."
+                    )
 
     def to_dict(self) -> dict[str, Any]:
         """Every key with its value, made of dicts, lists and scalars."""
         return typing.cast("dict[str, Any]", _plain(self))
 
+    def leaves(self) -> dict[str, Any]:
+        """`{dotted path: scalar or empty container}`."""
+        return {_dotted(keys): value for keys, value in _leaves(self.to_dict())}
+
+    def points(self) -> list[Point]:
+        """The runs of a sweep: every combination of `matrix`, the last key varying fastest.
+
+        Raises ConfigError for a path that does not exist, a value that it does not take, and for equal points.
+        """
+        return _points(self, _Source("recipe"))
+
     def hash(self) -> str:
         """SHA-256 of what decides the results: all but `name` and `output`."""
         decisive = {key: value for key, value in self.to_dict().items() if key not in ("name", "output")}
+        # the order of the keys is that of the points
+        decisive["matrix"] = list(self.matrix.items())
+        # Keys that came later count where they are used, so that runs from before can be resumed.
+        for part, key, unused in [
+            (decisive, "matrix", []),
+            *((want, "at", {}) for want in decisive["expect"]),
+            (decisive["generation"], "batch_size", 1),
+            (decisive["generation"], "reuse_context", False),
+        ]:
+            if part.get(key) == unused:
+                del part[key]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
     def save(self, path: str | Path) -> Path:
@@ -220,6 +273,74 @@ class Recipe:
         return resolve(self, {path: (value, "override") for path, value in values.items()})[0]
 
 
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep.
+
+    Attributes:
+        number: from 1.
+        values: dotted path -> value, of each key of the `matrix`.
+        recipe: an ordinary recipe, without matrix.
+    """
+
+    number: int
+    values: dict[str, Any]
+    recipe: Recipe
+
+    @property
+    def label(self) -> str:
+        """What sets it apart, for people: `keep=0.25, seed=1`, or the patch where whole patches vary."""
+        names = _short_names(list(self.values))
+        texts = (self._text(path, names[path]) for path in self.values)
+        return ", ".join(text if len(text) <= 60 else f"{text[:59]}…" for text in texts)
+
+    def _text(self, path: str, name: str) -> str:
+        head, *rest = path.split(".")
+        if head == "patches" and not rest:
+            return " + ".join(map(str, self.recipe.patches)) or "dense"
+        if head == "patches" and len(rest) == 1:
+            return str(self.recipe.patches[int(rest[0])])
+        return f"{name}={_flow(self.values[path])}"
+
+
+def _short_names(paths: Sequence[str]) -> dict[str, str]:
+    """Each path's shortest end that begins with a word and is no other path's end: `patches.0.params.keep` -> `keep`."""
+    names = {}
+    for path in paths:
+        parts = path.split(".")
+        ends = [".".join(parts[n:]) for n in range(len(parts) - 1, 0, -1) if not parts[n].isdecimal()]
+        alone = (end for end in ends if sum(f".{other}".endswith(f".{end}") for other in paths) == 1)
+        names[path] = next(alone, path)
+    return names
+
+
+def _points(recipe: Recipe, origin: _Source) -> list[Point]:
+    points: list[Point] = []
+    seen: dict[str, Point] = {}
+    for number, values in enumerate(itertools.product(*recipe.matrix.values()), 1):
+        chosen = dict(zip(recipe.matrix, values, strict=True))
+        data = recipe.to_dict() | {"matrix": {}, "name": f"{recipe.name}-{number:02d}"}
+        data["expect"] = [
+            {**want, "at": {}}
+            for want in data["expect"]
+            if all(chosen[path] == value for path, value in want["at"].items())
+        ]
+        here = _Source(f"{origin.labels.get(('matrix',), origin.name)}: matrix")
+        for path, value in chosen.items():
+            line = origin.labels.get(("matrix", path), origin.name)
+            _assign(data, here, path, _plain(value), f"{line}: matrix")
+        point = Point(number, chosen, _build(Recipe, data, here, ()))
+        twin = seen.setdefault(point.recipe.hash(), point)
+        if twin is not point:
+            raise ConfigError(
+                f"{origin.labels.get(('matrix',), origin.name)}: matrix: points {twin.number} and {number} "
+                f"({point.label}) are the same run. Leave out the value that is there twice, or the path that a later "
+                "one replaces."
+            )
+        points.append(point)
+    return points
+
+
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
@@ -246,11 +367,14 @@ def resolve(
     for path, (value, label) in (overrides or {}).items():
         _assign(data, origin, path, value, label)
     _check_version(data, origin)
+    _check_matrix(data, origin)
     _read_head_files(data, origin)
     recipe = _build(Recipe, data, origin, ())
+    if recipe.matrix:
+        _points(recipe, origin)
     # as text, since a layer number may have been text in the file
     labels = {_dotted(keys): label for keys, label in origin.labels.items()}
-    return recipe, {path: labels.get(path, "default") for path in map(_dotted, _leaves(recipe.to_dict()))}
+    return recipe, {path: labels.get(path, "default") for path in recipe.leaves()}
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -443,7 +567,15 @@ def _sized(data: Any) -> Any:
     """Sizes written as text, in formats without unquoted text, as numbers where numbers may stand."""
     if not isinstance(data, dict):
         return data
-    return {key: _numbers(item) if key in ("patches", "evals", "bench") else item for key, item in data.items()}
+    sized = {key: _numbers(item) if str(key).partition(".")[0] in _SIZED else item for key, item in data.items()}
+    if "matrix" in sized:
+        sized["matrix"] = _sized(sized["matrix"])
+    if isinstance(sized.get("expect"), list):
+        sized["expect"] = [
+            {**want, "at": _sized(want["at"])} if isinstance(want, dict) and "at" in want else want
+            for want in sized["expect"]
+        ]
+    return sized
 
 
 def _numbers(value: Any) -> Any:
@@ -464,14 +596,44 @@ def _check_version(data: dict[str, Any], origin: _Source) -> None:
         origin.fail(("version",), f"this recipe has version {version}, this hfpatch reads {VERSION}: upgrade hfpatch.")
 
 
+def _check_matrix(data: dict[str, Any], origin: _Source) -> None:
+    matrix = data.get("matrix")
+    for path, values in matrix.items() if isinstance(matrix, dict) else ():
+        if isinstance(values, dict):
+            origin.fail(
+                ("matrix", path),
+                "takes a list of values. A path is one key here (in TOML with quotes): "
+                '"patches.0.params.keep" = [0.25, 0.5].',
+            )
+
+
+def _head_files(data: dict[str, Any]) -> Iterator[tuple[Any, Keys]]:
+    """(container, key path) of every place that may name a head file, in the patches and in the matrix."""
+    patches, matrix = data.get("patches"), data.get("matrix")
+    places: list[tuple[Any, Keys]] = [(patches, ("patches",))]
+    for path, values in matrix.items() if isinstance(matrix, dict) else ():
+        if not isinstance(values, list):
+            continue
+        # a path may lead to all patches, to one, or to its heads
+        depth = len(path.split(".")) if re.fullmatch(r"patches(\.\d+(\.heads)?)?", str(path)) else 0
+        if depth == 1:
+            places += [(value, ("matrix", path, n)) for n, value in enumerate(values)]
+        elif depth == 2:
+            places.append((values, ("matrix", path)))
+        elif depth == 3:
+            yield from ((values, ("matrix", path, n)) for n in range(len(values)))
+    for found, keys in places:
+        for n, patch in enumerate(found) if isinstance(found, list) else ():
+            if isinstance(patch, dict) and "heads" in patch:
+                yield patch, (*keys, n, "heads")
+
+
 def _read_head_files(data: dict[str, Any], origin: _Source) -> None:
     """A head file's content takes its place, so that a saved recipe needs no other file."""
-    patches = data.get("patches")
-    for n, patch in enumerate(patches) if isinstance(patches, list) else ():
-        name = patch.get("heads") if isinstance(patch, dict) else None
+    for place, keys in _head_files(data):
+        name = place[keys[-1]]
         if not isinstance(name, str):
             continue
-        keys: Keys = ("patches", n, "heads")
         path = (origin.folder or Path()) / Path(name).expanduser()
         if not path.is_file():
             origin.fail(
@@ -482,7 +644,7 @@ def _read_head_files(data: dict[str, Any], origin: _Source) -> None:
         except (OSError, UnicodeDecodeError) as error:
             origin.fail(keys, f"cannot read head file {str(path)!r}: {error}.")
         label = origin.labels.get(keys, origin.name)
-        patch["heads"] = heads
+        place[keys[-1]] = heads
         origin.labels.update({(*keys, *rest): f"{label} ({name})" for rest in _paths(heads)})
 
 
@@ -491,6 +653,9 @@ def _assign(data: dict[str, Any], origin: _Source, path: str, value: Any, label:
     keys: Keys = ()
     target: Any = data
     parts = path.split(".")
+    if parts[0] == "matrix" and len(parts) > 2:
+        # the matrix's own keys are paths
+        parts = ["matrix", ".".join(parts[1:])]
     # a mapping that the recipe leaves out or sets to null starts empty
     for n, part in enumerate(parts):
         key: str | int = int(part) if isinstance(target, list) and part.isdecimal() else part
@@ -635,13 +800,13 @@ def _paths(value: Any, keys: Keys = ()) -> Iterator[Keys]:
             yield from _paths(item, (*keys, key))
 
 
-def _leaves(value: Any, keys: Keys = ()) -> Iterator[Keys]:
-    """Key paths of scalars and of empty containers."""
+def _leaves(value: Any, keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    """(key path, value) of scalars and of empty containers."""
     if isinstance(value, (dict, list)) and value:
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _leaves(item, (*keys, key))
     else:
-        yield keys
+        yield keys, value
 
 
 def _dotted(keys: Keys) -> str:

@@ -134,6 +134,9 @@ class RunOptions:
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, rich_help_panel=_RUN, help="Only the first N samples of a cell.")
     ] = None
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, rich_help_panel=_RUN, help="Prompts that run together.")
+    ] = None
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, rich_help_panel=_RUN, help="Longest answer in tokens.")
     ] = None
@@ -296,6 +299,7 @@ def build_recipe(
     flag("runtime.seed", terminal.seed, "--seed")
     if run is not None:
         flag("generation.max_new_tokens", run.max_new_tokens, "--max-new-tokens")
+        flag("generation.batch_size", run.batch_size, "--batch-size")
         flag("output.dir", str(run.out) if run.out else None, "--out")
         if run.chat_template is not None:
             flags["prompt.chat_template"] = (run.chat_template, "--chat-template")

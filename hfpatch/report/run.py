@@ -1,7 +1,7 @@
 """The run directory: rows appended one by one and never rewritten, so that an interrupted run loses at most one line.
 
-`run.json` (name, recipe hash), `recipe.resolved.yaml`, `env.json`, `samples.jsonl`, `bench.jsonl`, `layers.json`,
-`results.json`, `log.txt`, the reports and `figures/`. `latest` beside the runs holds the newest one's name.
+`run.json` (name, recipe hash), `recipe.resolved.yaml`, `env.json`, `samples.jsonl`, `bench.jsonl`, `layers.jsonl` and
+its totals `layers.json`, `results.json`, `log.txt`, the reports and `figures/`. `latest` beside the runs holds the newest one's name.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ BENCH_KEYS = (
     "peak_decode_mb", "dtype", "device", "device_name", "threads", "batch", "baseline", "density", "kernel", "seed",
     "torch", "transformers", "hfpatch",
 )  # fmt: skip
+LAYER_KEYS = ("schema", "run", "key", "layers")
 
 
 def sample_key(row: Mapping[str, Any]) -> tuple[Hashable, ...]:
@@ -111,30 +112,40 @@ class RunDir:
 
     # Rows -------------------------------------------------------------------------------------------------------
 
-    def append_sample(self, row: Mapping[str, Any]) -> None:
-        """Add one line to samples.jsonl and wait until it is on disk. Absent keys of SAMPLE_KEYS become null."""
-        self._append("samples.jsonl", SAMPLE_KEYS, row)
+    def append_sample(self, row: Mapping[str, Any], path: Path | None = None) -> None:
+        """Add one line to samples.jsonl (or to `path`) and wait until it is on disk. Absent SAMPLE_KEYS become null."""
+        self._append(path or self.path / "samples.jsonl", SAMPLE_KEYS, row)
 
     def append_bench(self, row: Mapping[str, Any]) -> None:
         """Add one line to bench.jsonl and wait until it is on disk. Absent keys of BENCH_KEYS become null."""
-        self._append("bench.jsonl", BENCH_KEYS, row)
+        self._append(self.path / "bench.jsonl", BENCH_KEYS, row)
+
+    def append_layers(self, key: Sequence[Any], layers: Sequence[Mapping[str, Any]], path: Path | None = None) -> None:
+        """Add one line to layers.jsonl (or to `path`): the reports of the layers under the samples called `key`."""
+        self._append(path or self.path / "layers.jsonl", LAYER_KEYS, {"key": key, "layers": layers})
 
     def samples(self) -> list[dict[str, Any]]:
         """All sample rows. A torn last line is dropped with a warning; a bad line elsewhere is a DataMissingError."""
-        return _read_rows(self.path / "samples.jsonl", SAMPLE_KEYS)
+        return read_lines(self.path / "samples.jsonl")
 
     def bench(self) -> list[dict[str, Any]]:
         """All bench rows, read like `samples`."""
-        return _read_rows(self.path / "bench.jsonl", BENCH_KEYS)
+        return read_lines(self.path / "bench.jsonl", BENCH_KEYS)
+
+    def layer_rows(self) -> list[dict[str, Any]]:
+        """All rows of layers.jsonl, each key once."""
+        rows = read_lines(self.path / "layers.jsonl", LAYER_KEYS)
+        return list({json.dumps(row["key"]): row for row in rows}.values())
 
     def done(self) -> set[tuple[Hashable, ...]]:
         """The `sample_key` of every row already there."""
         return {sample_key(row) for row in self.samples()}
 
-    def _append(self, file: str, keys: Sequence[str], row: Mapping[str, Any]) -> None:
+    def _append(self, path: Path, keys: Sequence[str], row: Mapping[str, Any]) -> None:
         ordered = {key: row.get(key) for key in keys} | dict(row) | {"schema": SCHEMA, "run": self.path.name}
         line = _encode(ordered)
-        with (self.path / file).open("a+b") as f:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as f:
             _mend_tail(f)
             f.write(line)
             f.flush()
@@ -175,6 +186,13 @@ class RunDir:
     def env(self) -> dict[str, Any]:
         """The content of env.json."""
         return dict(_read_json(self.path / "env.json", "Start the run again."))
+
+    def add_notes(self, notes: Sequence[str]) -> None:
+        """Add to the notes of env.json those that it lacks; the report shows them among its warnings."""
+        env = self.env()
+        if new := [note for note in notes if note not in (env.get("notes") or [])]:
+            env["notes"] = [*(env.get("notes") or []), *new]
+            write_atomically(self.path / "env.json", _encode(env, indent=2))
 
     def log(self, message: str) -> None:
         """Add a line with the time (UTC) to log.txt."""
@@ -258,7 +276,8 @@ def _parse_row(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def _read_rows(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+def read_lines(path: Path, keys: Sequence[str] = SAMPLE_KEYS) -> list[dict[str, Any]]:
+    """The rows of a file that `RunDir` appends to; see `RunDir.samples`."""
     if not path.exists():
         return []
     # Split bytes: str.splitlines would also split at U+2028 and the like inside of outputs.
