@@ -68,6 +68,7 @@ class Fidelity(Task):
         "ppl_delta",
         "attn_cosine_mean",
     )
+    lower_is_better: ClassVar[tuple[str, ...]] = ("kl_last", "ppl_dense", "ppl_patched", "ppl_delta")
     paired: ClassVar[bool] = True
 
     lengths: tuple[int, ...] | int | str = option((1024,), "Tokens in a window.")
@@ -167,13 +168,13 @@ def _difference(dense: Logits, patched: Logits, ids: list[int]) -> Difference:
     # nothing follows the last place; what stands there instead is cut off again
     following = torch.tensor([*ids[1:], 0], device=dense.held.device)[-len(dense.held) :].split(dense.rows)
     found: tuple[list[Tensor], ...] = ([], [], [], [])
-    for wanted, one, other in zip(following, dense.log_probs(), patched.log_probs(), strict=True):
-        p, q = one.double(), other.double()
+    for wanted, p, q in zip(following, dense.log_probs(), patched.log_probs(), strict=True):
+        terms = (p.double() - q).mul_(p.double().exp_())
         # where p is 0 the term is 0, whatever q is
-        found[0].append((p.exp() * (p - q)).nan_to_num(0.0).sum(-1))
+        found[0].append(terms.nan_to_num_(0.0).sum(-1))
         found[1].append((p.argmax(-1) == q.argmax(-1)).double())
         for place, log_probs in ((2, p), (3, q)):
-            found[place].append(-log_probs.gather(-1, wanted[:, None])[:, 0])
+            found[place].append(-log_probs.gather(-1, wanted[:, None])[:, 0].double())
     kl, top1, nll_dense, nll_patched = (torch.cat(parts) for parts in found)
     return Difference(kl, top1, nll_dense[:-1], nll_patched[:-1])
 

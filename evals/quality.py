@@ -253,7 +253,8 @@ def check_keys(tasks: Sequence[Task]) -> None:
 
 
 def _failed(task: Task) -> Outcome:
-    return Outcome(scores=dict.fromkeys(task.metrics, 0.0), finish="error")
+    # 0 would be perfect where less is better
+    return Outcome(scores={m: 0.0 for m in task.metrics if m not in task.lower_is_better}, finish="error")
 
 
 def _text(error: Exception) -> str:

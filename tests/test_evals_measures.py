@@ -11,7 +11,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 from hfpatch import kernels
 from hfpatch.errors import ConfigError, HFPatchError, UnknownNameError
-from hfpatch.evals import arms, generation, latency, memory
+from hfpatch.evals import arms, generation, latency, logits, memory
 from hfpatch.evals.fidelity import Fidelity
 from hfpatch.evals.kernel_bench import bench_kernels, random_blocks
 from hfpatch.kernels import reference
@@ -102,6 +102,50 @@ def test_layers_that_were_not_patched_and_see_the_same_input_agree(model):
         _, outcomes = fidelity(model, handle)
     cosine = outcomes["patched"].extra["per_layer"]["attn_cosine"]
     assert cosine[:2] == pytest.approx([1, 1]) and cosine[2] < 0.999
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_agreement_along_positions_against_plain_formulas(name, monkeypatch):
+    """In pieces of 5 rows, which no part of 12 is made of; gemma2 caps its logits after the head."""
+    monkeypatch.setattr(logits, "_AT_ONCE", 5 * 512)
+    model = tiny(name, **SIZE)
+    with put_on(model, "swa:window=30", kernel="reference") as handle:
+        sample, outcomes = fidelity(model, handle)
+        with torch.no_grad():
+            patched = model(torch.tensor([sample.ids])).logits[0].double().log_softmax(-1)
+            with handle.disabled():
+                dense = model(torch.tensor([sample.ids])).logits[0].double().log_softmax(-1)
+    along = outcomes["patched"].extra["per_position"]
+    kl = (dense.exp() * (dense - patched)).sum(-1).reshape(8, 12).mean(-1)
+    agree = (dense.argmax(-1) == patched.argmax(-1)).double().reshape(8, 12).mean(-1)
+    assert along["start"] == list(range(0, 96, 12))
+    assert along["kl"] == pytest.approx(kl.tolist(), rel=1e-3, abs=1e-6)
+    assert along["top1"] == pytest.approx(agree.tolist())
+    # the window covers the first two parts, and nothing else
+    assert max(along["kl"][:2]) < 1e-6 < 1e-3 < min(along["kl"][3:]) and along["top1"][:2] == [1, 1]
+    assert outcomes["dense"].extra == {}
+
+
+def test_parts_of_a_window_may_be_unequal_fewer_or_none(model):
+    with put_on(model, "swa:window=8", kernel="reference") as handle:
+        _, outcomes = fidelity(model, handle, positions=7)
+        assert outcomes["patched"].extra["per_position"]["start"] == [0, 13, 27, 41, 54, 68, 82]
+        _, without = fidelity(model, handle, positions=0)
+        assert without["patched"].scores == pytest.approx(outcomes["patched"].scores)
+        assert "per_position" not in without["patched"].extra
+        task = Fidelity(lengths=3, samples=1)
+        (sample,) = task.draw(tiny_tokenizer(), {"length": 3}, 0)
+        along = task.compare(model, handle, tiny_tokenizer(), sample)["patched"].extra["per_position"]
+    assert along["start"] == [0, 1, 2] and along["top1"] == [1, 1, 1]
+
+
+def test_fidelity_never_makes_all_logits_at_once(model, monkeypatch):
+    monkeypatch.setattr(logits, "_AT_ONCE", 8 * 512)
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+    with put_on(model, "swa:window=8") as handle:
+        fidelity(model, handle)
+    assert max(seen) == 8
 
 
 def test_windows_are_neighbours_of_one_text_and_scores_need_no_patch(model):
