@@ -72,13 +72,7 @@ def run_recipe(
     shard = Shard.here()
     progress = progress if progress is not None and shard.is_main else Silent()
     if loaded is None:
-        progress.line(f"loading {recipe.model.id}")
-        options = recipe.model.load_options()
-        if shard.device is not None and options["device"] is None and options["device_map"] is None:
-            options["device"] = shard.device
-        loaded = load(recipe.model.id, say=progress.line, **options)
-        if recipe.bench is not None and recipe.model.attn == "auto":
-            use_best_dense(loaded.model)
+        loaded = load_model(recipe, shard, progress)
     _check_handles(loaded, recipe)
     tokenizer = getattr(loaded.processor, "tokenizer", loaded.processor)
     if tokenizer is None:
@@ -127,6 +121,18 @@ def run_recipe(
     _finish(run, recipe)
     _judge(run, broken)
     return run
+
+
+def load_model(recipe: Recipe, shard: Shard, progress: Progress) -> Loaded:
+    """The recipe's model on this process's device; with a bench, on the best dense attention that there is."""
+    progress.line(f"loading {recipe.model.id}")
+    options = recipe.model.load_options()
+    if shard.device is not None and options["device"] is None and options["device_map"] is None:
+        options["device"] = shard.device
+    loaded = load(recipe.model.id, say=progress.line, **options)
+    if recipe.bench is not None and recipe.model.attn == "auto":
+        use_best_dense(loaded.model)
+    return loaded
 
 
 def _measure(

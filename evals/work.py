@@ -26,6 +26,8 @@ class Work:
     @classmethod
     def of(cls, recipe: Recipe) -> Work:
         """Raises ConfigError, UnknownNameError or DataMissingError. Loads no model."""
+        if recipe.matrix:
+            raise ConfigError("this recipe is a sweep: its matrix makes several runs. Use run_sweep, or hfpatch apply.")
         if recipe.evals and recipe.generation.do_sample:
             raise ConfigError(
                 "generation.do_sample: evals generate greedily, so that the arms can be compared. Set it to false."

@@ -389,6 +389,8 @@ def _parts(
         what = load_recipe(what)
     runtime: dict[str, Any] = {}
     if isinstance(what, Recipe):
+        if what.matrix:
+            raise ConfigError("this recipe is a sweep over several patches. Take one of its points: recipe.points().")
         runtime = {f.name: getattr(what.runtime, f.name) for f in fields(what.runtime)}
         seed = what.runtime.seed
         # the run's seed, where the patch does not say its own

@@ -304,7 +304,7 @@ class Point:
 
 
 def _short_names(paths: Sequence[str]) -> dict[str, str]:
-    """Each path's shortest end that begins with a word and is no other path's end: `patches.0.params.keep` -> `keep`."""
+    """Each path's shortest end that is no other path's, from a word on: `patches.0.params.keep` -> `keep`."""
     names = {}
     for path in paths:
         parts = path.split(".")

@@ -126,7 +126,7 @@ def test_toml_and_json_say_the_same_as_yaml(tmp_path):
             "version: 1\npatches:\n  - use: sa\n    parms: {}\n",
             "text:4: patches.0.parms: unknown key. Did you mean 'params'?",
         ),
-        ("version: 1\nmatrix: {}\n", "text:2: matrix: unknown key"),
+        ("version: 1\nmatrx: {}\n", "text:2: matrx: unknown key. Did you mean 'matrix'?"),
         ("version: 1\nruntime:\n  strict: maybe\n", "text:3: runtime.strict: 'maybe' is text; it takes true or false"),
         ("version: 1\nruntime: {seed: true}\n", "seed: True is true or false; it takes a whole number or null"),
         ("version: 1\nmodel: {id: 7}\n", "model.id: 7 is a whole number; it takes text. Put it in quotes."),
@@ -356,3 +356,138 @@ def test_a_given_dict_stays_untouched(monkeypatch):
     assert given == copy
     assert isinstance(load_recipe(Path(shipped_recipes()["demo"])), Recipe)
     assert dump_yaml({"a": "no", "b": "4k"}) == "a: 'no'\nb: '4k'\n"
+
+
+# Sweeps ---------------------------------------------------------------------------------------------------------------
+
+SWEEP = """\
+version: 1
+name: s
+patches:
+  - {use: swa, params: {window: 1k}}
+  - {use: head_scale, params: {factor: 2}, heads: {1: [0]}}
+matrix:
+  patches.0.params.window: [256, 1k]
+  runtime.seed: [0, 1, 2]
+expect:
+  - {metric: niah.contains, value: 0.9, at: {patches.0.params.window: 1k, runtime.seed: 1}}
+  - {metric: niah.contains, value: 0.5}
+"""
+
+
+def test_points_are_every_combination_in_the_order_typed():
+    recipe = load_recipe(SWEEP)
+    points = recipe.points()
+    assert [(p.recipe.patches[0].params["window"], p.recipe.runtime.seed) for p in points] == [
+        (256, 0), (256, 1), (256, 2), (1024, 0), (1024, 1), (1024, 2)
+    ]  # fmt: skip
+    assert [p.number for p in points] == [1, 2, 3, 4, 5, 6]
+    assert points[4].values == {"patches.0.params.window": 1024, "runtime.seed": 1}
+    assert points[4].label == "window=1024, seed=1" and points[4].recipe.name == "s-05"
+    # a point is what its values typed by hand would be
+    by_hand = load_recipe(SWEEP).override({"matrix": {}, "expect": [{"metric": "niah.contains", "value": 0.5}]})
+    assert points[1].recipe.hash() == by_hand.override({"patches.0.params.window": 256, "runtime.seed": 1}).hash()
+    assert points[1].recipe.matrix == {} and len({p.recipe.hash() for p in points}) == 6
+    # the number bound to a point goes with it alone
+    assert [len(p.recipe.expect) for p in points] == [1, 1, 1, 1, 2, 1]
+    assert [want.value for want in points[4].recipe.expect] == [0.9, 0.5]
+    assert load_recipe("version: 1\nname: x\n").points()[0].values == {}
+
+
+def test_what_a_point_is_called():
+    def labels(matrix):
+        more = {"patches": [{"use": "swa"}, {"use": "sa"}], "evals": [{"task": "niah"}, {"task": "niah"}]}
+        return [p.label for p in load_recipe({"version": 1, **more, "matrix": matrix}).points()]
+
+    whole = [[], [{"use": "sa", "params": {"window": 9}, "layers": "2:"}, {"use": "act"}]]
+    assert labels({"patches": whole}) == ["dense", "sa:window=9,layers='2:' + act"]
+    assert labels({"patches.1": [{"use": "act"}, {"use": "swa"}]}) == ["act", "swa"]
+    # as short as can be told apart
+    both = {"patches.0.params.window": [1], "patches.1.params.window": [2, 3]}
+    assert labels(both)[1] == "patches.0.params.window=1, patches.1.params.window=3"
+    assert labels({"evals.0.lengths": [[8], [9, 10]]}) == ["lengths=[8]", "lengths=[9, 10]"]
+    assert labels({"prompt.system": ["x" * 99]})[0].endswith("…")
+
+
+def test_a_sweep_survives_saving_and_counts_in_the_hash(tmp_path):
+    recipe = load_recipe(SWEEP)
+    for name in ("r.yaml", "r.json"):
+        again = load_recipe(recipe.save(tmp_path / name))
+        assert again == recipe and again.hash() == recipe.hash() and list(again.matrix) == list(recipe.matrix)
+    assert recipe.hash() != recipe.override({"matrix.runtime.seed": [0, 1]}).hash()
+    assert recipe.override({"matrix.runtime.seed": [0, 1]}).matrix["runtime.seed"] == [0, 1]
+    # another order is another sweep, as its points have other numbers
+    turned = dict(reversed(recipe.matrix.items()))
+    assert recipe.hash() != recipe.override({"matrix": turned}).hash()
+    added, origins = resolve(recipe, {"matrix.patches.1.params.factor": ([1, 2], "--set")})
+    assert len(added.points()) == 12 and origins["matrix.patches.1.params.factor.0"] == "--set"
+
+
+def test_a_sweep_in_toml(tmp_path):
+    text = """\
+version = 1
+[[patches]]
+use = "swa"
+[matrix]
+"patches.0.params.window" = ["1k", "2k"]
+"prompt.system" = ["4k"]
+[[expect]]
+metric = "niah.contains"
+value = 1
+at = {"patches.0.params.window" = "2k"}
+"""
+    (tmp_path / "r.toml").write_text(text)
+    recipe = load_recipe(tmp_path / "r.toml")
+    assert [p.recipe.patches[0].params["window"] for p in recipe.points()] == [1024, 2048]
+    assert recipe.matrix["prompt.system"] == ["4k"] and len(recipe.points()[1].recipe.expect) == 1
+    (tmp_path / "r.toml").write_text(
+        text.replace('"patches.0.params.window" = ["1k"', 'patches.0.params.window = ["1k"')
+    )
+    with pytest.raises(ConfigError, match=r"r\.toml:\d+: matrix\.patches: takes a list.*in TOML with quotes"):
+        load_recipe(tmp_path / "r.toml")
+
+
+def test_head_files_in_a_sweep(tmp_path):
+    for n in (1, 2):
+        (tmp_path / f"h{n}.json").write_text(json.dumps({n: [0]}))
+    for path, values in {
+        "patches.0.heads": "[h1.json, h2.json]",
+        "patches.0": "[{use: head_scale, heads: h1.json}, {use: head_scale, heads: h2.json}]",
+        "patches": "[[{use: head_scale, heads: h1.json}], [{use: head_scale, heads: h2.json}]]",
+    }.items():
+        (tmp_path / "r.yaml").write_text(f"version: 1\npatches: [{{use: head_scale}}]\nmatrix: {{{path}: {values}}}\n")
+        recipe = load_recipe(tmp_path / "r.yaml")
+        assert [p.recipe.patches[0].heads for p in recipe.points()] == [{1: [0]}, {2: [0]}], path
+        (tmp_path / "else").mkdir(exist_ok=True)
+        # the copy needs no other file
+        assert load_recipe(recipe.save(tmp_path / "else" / "r.yaml")).points() == recipe.points()
+    (tmp_path / "r.yaml").write_text("version: 1\npatches: [{use: x}]\nmatrix: {patches.0.heads: [h3.json]}\n")
+    with pytest.raises(ConfigError, match=r"r\.yaml:3: matrix\.patches\.0\.heads\.0: there is no head file"):
+        load_recipe(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("matrix", "said"),
+    [
+        ("{runtime.kernl: [a]}", "text:3: matrix: runtime.kernl: unknown key. Did you mean 'kernel'?"),
+        ("{patches.3.use: [a]}", "text:3: matrix patches.3.use: patches has 1 entries, there is no number '3'"),
+        ("{runtime.seed.x: [1]}", "text:3: matrix runtime.seed.x: runtime.seed is a whole number"),
+        ("{runtime.seed: [0, x]}", "text:3: matrix: runtime.seed: 'x' is text; it takes a whole number or null"),
+        ("{runtime.seed: [1, 1]}", "text:3: matrix: points 1 and 2 (seed=1) are the same run"),
+        ("{patches.0.use: [a, b], patches: [[{use: c}]]}", "are the same run"),
+        ("{evals: [[{lengths: 1}]]}", "text:3: matrix: evals.0 names no task"),
+        ("{runtime.seed: 1}", "matrix.runtime.seed: 1 is a whole number; it takes a list"),
+        ("{runtime.seed: []}", "matrix.runtime.seed has no values"),
+        ("{runtime: {seed: [1]}}", "text:3: matrix.runtime: takes a list of values. A path is one key here"),
+        ("{output.dir: [a, b]}", "'output.dir' decides no result"),
+        ("{1: [1]}", "matrix.1: 1 is a whole number; it takes text"),
+        ("3", "matrix: 3 is a whole number; it takes a mapping"),
+        (
+            "{runtime.seed: [1]}\nexpect: [{metric: a.b, value: 1, at: {runtime.seed: 2}}]",
+            "no point of the sweep has 2",
+        ),
+        ("{}\nexpect: [{metric: a.b, value: 1, at: {runtime.seed: 2}}]", "no point of the sweep has 2 there"),
+    ],
+)
+def test_bad_matrices(matrix, said):
+    assert said in refusal(f"version: 1\npatches: [{{use: sa}}]\nmatrix: {matrix}\n")

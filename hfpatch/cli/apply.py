@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hfpatch.cli import measure
+from hfpatch.cli import measure, sweep
 from hfpatch.cli.console import Terminal, table
 from hfpatch.cli.options import (
     ModelOptions,
@@ -31,7 +31,8 @@ def add_to(app: typer.Typer) -> None:
         app,
         "apply",
         "hfpatch apply packaged:smollm2-135m-instruct -p sa --prompt-file doc.txt --max-new-tokens 64 --compare\n"
-        "hfpatch apply recipe:demo",
+        "hfpatch apply recipe:demo\n"
+        "hfpatch apply recipe:demo --set matrix.patches.0.params.window=[256,512]",
     )
     def apply(
         terminal: Terminal,
@@ -50,7 +51,7 @@ def add_to(app: typer.Typer) -> None:
         ] = None,
         compare: Annotated[bool, typer.Option("--compare", help="Answer densely first, then patched.")] = False,
     ) -> None:
-        """Load, patch and answer one prompt; or run everything that a recipe asks for.
+        """Load, patch and answer one prompt; or run everything that a recipe asks for, every point if it has a matrix.
 
         For a run, --out, --resume, --limit and --fail-under apply; for a prompt, --prompt, --image and --compare.
         """
@@ -58,8 +59,10 @@ def add_to(app: typer.Typer) -> None:
         given = target if recipe_given else source(target, "apply", patches)
         recipe, _ = build_recipe(given, terminal, patches, models, options)
         if recipe_given and prompt is None and prompt_file is None and image is None:
-            measure.run(terminal, recipe, options)
+            (sweep if recipe.matrix else measure).run(terminal, recipe, options)
             return
+        if recipe.matrix:
+            raise ConfigError("a recipe with a matrix is a sweep; it answers no single prompt. Leave out the matrix.")
         if compare and not recipe.patches:
             raise ConfigError("--compare needs something to compare with: name a patch with -p NAME.")
         check_patches(recipe)

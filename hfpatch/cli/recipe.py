@@ -11,7 +11,7 @@ import typer
 from hfpatch.cli.console import Terminal, table
 from hfpatch.cli.options import PatchOptions, build_recipe, check_patches, command, patch_specs
 from hfpatch.errors import ConfigError
-from hfpatch.recipe import Recipe, dump_yaml
+from hfpatch.recipe import dump_yaml
 
 _RECIPE = typer.Argument(metavar="FILE", help="A recipe file, or recipe:NAME.")
 
@@ -72,21 +72,28 @@ def add_to(app: typer.Typer) -> None:
         if not resolved:
             terminal.result(data, dump_yaml(recipe.to_dict()).rstrip())
             return
-        made = table("key", "value", "from")
+        made, values = table("key", "value", "from"), recipe.leaves()
         for path, origin in origins.items():
-            made.add_row(path, _at(recipe, path), origin)
+            made.add_row(path, _text(values[path]), origin)
         terminal.result({**data, "origins": origins}, made)
 
     @command(group, "validate", "hfpatch recipe validate my.yaml")
     def validate(terminal: Terminal, file: Annotated[str, _RECIPE], patches: PatchOptions) -> None:
         """Check a recipe down to the options of its patchers and tasks. Loads no weights."""
         recipe, _ = build_recipe(file, terminal, patches)
+        data = {"valid": True, "name": recipe.name, "hash": recipe.hash()}
+        if recipe.matrix:
+            from hfpatch.evals.sweep import sweep_work
+
+            points = [{key: point[key] for key in ("number", "label", "values")} for point in sweep_work(recipe)]
+            terminal.result(data | {"points": points}, f"{file} is valid: {len(points)} points.")
+            return
         from hfpatch.evals.work import Work
 
         check_patches(recipe)
         if recipe.evals or recipe.bench is not None:
             Work.of(recipe)
-        terminal.result({"valid": True, "name": recipe.name, "hash": recipe.hash()}, f"{file} is valid.")
+        terminal.result(data, f"{file} is valid.")
 
     @command(group, "hash", "hfpatch recipe hash my.yaml")
     def hash_(terminal: Terminal, file: Annotated[str, _RECIPE], patches: PatchOptions) -> None:
@@ -95,13 +102,5 @@ def add_to(app: typer.Typer) -> None:
         terminal.result({"hash": recipe.hash()}, recipe.hash())
 
 
-def _at(recipe: Recipe, path: str) -> str:
-    value: object = recipe.to_dict()
-    for key in path.split("."):
-        value = value[int(key)] if isinstance(value, list) else value[_key(value, key)]  # type: ignore[index]
+def _text(value: object) -> str:
     return dump_yaml(value).removesuffix("\n").removesuffix("\n...")
-
-
-def _key(mapping: object, text: str) -> object:
-    """Head selectors have whole numbers as keys."""
-    return next(key for key in mapping if str(key) == text)  # type: ignore[attr-defined]

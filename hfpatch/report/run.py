@@ -1,7 +1,8 @@
 """The run directory: rows appended one by one and never rewritten, so that an interrupted run loses at most one line.
 
 `run.json` (name, recipe hash), `recipe.resolved.yaml`, `env.json`, `samples.jsonl`, `bench.jsonl`, `layers.jsonl` and
-its totals `layers.json`, `results.json`, `log.txt`, the reports and `figures/`. `latest` beside the runs holds the newest one's name.
+its totals `layers.json`, `results.json`, `log.txt`, the reports and `figures/`. `latest` beside the runs holds the
+newest one's name.
 """
 
 from __future__ import annotations
