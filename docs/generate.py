@@ -1,4 +1,4 @@
-"""Write the option tables of docs/methods/*.md and the method table of README.md from the code.
+"""Write the option tables of docs/methods/*.md and docs/evals/*.md and the tables of patchers and tasks from the code.
 
 python docs/generate.py            rewrite what lies between the markers
 python docs/generate.py --check    exit 1 if something is out of date
@@ -11,7 +11,9 @@ import re
 import sys
 from pathlib import Path
 
+import hfpatch.evals  # noqa: F401  registers the tasks
 import hfpatch.methods  # noqa: F401  registers the patchers
+from hfpatch.evals.base import TASKS
 from hfpatch.registry import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +44,13 @@ def method_table() -> str:
     return "\n".join(rows)
 
 
+def task_table() -> str:
+    rows = ["| task | what it asks | metrics |", "|---|---|---|"]
+    for name, cls in TASKS.items():
+        rows.append(f"| `{name}` | {cls.summary} | {', '.join(f'`{metric}`' for metric in cls.metrics)} |")
+    return "\n".join(rows)
+
+
 def fill(text: str, marker: str, content: str) -> str:
     pattern = rf"(<!-- {re.escape(marker)} -->\n).*?(<!-- end -->)"
     return re.sub(pattern, lambda m: m[1] + content + "\n" + m[2], text, flags=re.S)
@@ -53,6 +62,9 @@ def main() -> int:
     for name, cls in METHODS.items():
         page = ROOT / "docs" / "methods" / f"{cls.__module__.rsplit('.', 1)[1]}.md"
         pages.setdefault(page, {})[f"options {name}"] = option_table(cls)
+    pages[ROOT / "docs" / "evaluations.md"] = {"tasks": task_table()}
+    for page in sorted((ROOT / "docs" / "evals").glob("*.md")):
+        pages[page] = {f"options {name}": option_table(cls) for name, cls in TASKS.items()}
     for path, blocks in pages.items():
         old = new = path.read_text()
         for marker, content in blocks.items():

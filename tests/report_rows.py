@@ -73,3 +73,28 @@ def bench(run: RunDir, what: str, length: int, dense: list[float], patched: list
 def memory(run: RunDir, arm: str, length: int, weights: float, kv: float, prefill: float, decode: float) -> None:
     sizes = {"weights_mb": weights, "kv_mb": kv, "peak_prefill_mb": prefill, "peak_decode_mb": decode}
     run.append_bench({"arm": arm, "what": "memory", "length": length, "repeat": 0} | sizes | CIRCUMSTANCES)
+
+
+def sample_row(arm: str, task: str, cell: dict[str, Any], id: int, score: float, **more: Any) -> dict[str, Any]:
+    """A row of any task with the metric `score`; its prompt is known by cell and id."""
+    shared = {"task": task, "subtask": cell.get("subtask"), "cell": cell, "scores": {"score": score}}
+    prompt = {"prompt_sha": f"{task} {sorted(cell.items())} {id}", "prompt_tokens": 100}
+    return niah(arm, 1024, 0, id, score) | shared | prompt | more
+
+
+def pair(run: RunDir, task: str, cell: dict[str, Any], id: int, dense: float, patched: float, **more: Any) -> None:
+    """Both rows of a sample; `more` goes into both."""
+    run.append_sample(sample_row("dense", task, cell, id, dense, **more))
+    run.append_sample(sample_row("patched", task, cell, id, patched, **more))
+
+
+def window(
+    run: RunDir, length: int, id: int, dense: float, patched: float | None, tokens: int = 100, **more: Any
+) -> None:
+    """Both rows of a window of the perplexity task (one if `patched` is None); `more` goes into the patched one."""
+    about = {"tokens": tokens, "lower_is_better": ["nll"], "output": "", "answer_gold": ""}
+    run.append_sample(sample_row("dense", "ppl", {"length": length}, id, 0, **about, scores={"nll": dense}))
+    if patched is not None:
+        run.append_sample(
+            sample_row("patched", "ppl", {"length": length}, id, 0, **about, scores={"nll": patched}, **more)
+        )

@@ -20,7 +20,7 @@ import hfpatch.report.figures as figures
 from hfpatch.cli import app
 from hfpatch.recipe import load_recipe
 
-COMMANDS = ("list", "info", "doctor", "explain", "apply", "eval", "bench", "report", "verify", "recipe")
+COMMANDS = ("list", "info", "doctor", "explain", "apply", "eval", "bench", "report", "compare", "verify", "recipe", "cache")
 WINDOW = "swa:window=16,sink=2"
 
 
@@ -92,10 +92,11 @@ def test_nothing_heavy_is_imported_too_soon(args):
 def test_every_command_has_help(name):
     text = run(name, "--help").output
     assert "Usage:" in text
-    if name != "recipe":
+    groups = {"recipe": ("init", "show", "validate", "hash"), "cache": ("list", "clear")}
+    if name not in groups:
         assert "Example: hfpatch " in text and "--json" in text
-    for sub in ("init", "show", "validate", "hash") if name == "recipe" else ():
-        assert "Example: hfpatch recipe " in run("recipe", sub, "-h").output
+    for sub in groups.get(name, ()):
+        assert f"Example: hfpatch {name} " in run(name, sub, "-h").output
 
 
 def test_version():
@@ -257,7 +258,7 @@ def test_exit_codes_of_bad_input(model, tmp_path):
     failed = [
         (["apply", str(tmp_path / "none"), "--prompt", "x"], "does not exist"),
         (["apply", model, "-p", "swa", "--prompt-file", "none.txt"], "cannot read prompt file"),
-        (["report", str(tmp_path / "none")], "no run directory"),
+        (["report", str(tmp_path / "none")], "no run"),
     ]
     for args, said in failed:
         assert said in run(*args, exit_code=1).stderr, args

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_rows import bench, both, memory, new_run, niah
+from report_rows import bench, both, memory, new_run, niah, pair, window
 
 from hfpatch.report import figures
 from hfpatch.report.figures import CHANGE_SCALE, SCORE_SCALE, Chart, charts
@@ -173,6 +173,90 @@ def test_table_columns_without_values_are_left_out(tmp_path: Path) -> None:
     header, _, row = table_after((run.path / "report.md").read_text(encoding="utf-8"), "## Quality")
     assert header == ["task", "length", "metric", "dense", "n"]
     assert row == ["niah/number", "1k", "contains", "1.000", "1"]
+
+
+def test_subtasks_by_length(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    for id in range(20):
+        for length in (4096, 8192):
+            pair(run, "ruler", {"length": length, "subtask": "cwe"}, id, 1, 1)
+            pair(run, "ruler", {"length": length, "subtask": "vt"}, id, 1, float(length == 4096))
+        pair(run, "longbench", {"subtask": "qasper"}, id, 0.25, 0.5)
+        pair(run, "longbench", {"subtask": "lcc"}, id, 0.5, 0.5)
+    pair(run, "ruler", {"length": 8192, "subtask": "qa_1"}, 0, 0, 0, error="refused: too | long", scores={})
+    render(run)
+    text = (run.path / "report.md").read_text(encoding="utf-8")
+    _, _, *main = table_after(text, "## Quality")
+    assert [row[:3] for row in main] == [
+        ["longbench, all subtasks", "all", "score"],
+        ["ruler, 2 of 3 subtasks", "4k", "score"],
+        ["ruler, 2 of 3 subtasks", "8k", "score"],
+        ["ruler, 2 of 3 subtasks", "all", "score"],
+    ]  # fmt: skip
+    header, _, *cells = table_after(text[text.index("| ruler, score |") :], "| ruler, score |")
+    assert header == ["ruler, score", "4k", "8k", "all lengths"]
+    assert cells == [
+        ["cwe", "1.00 → 1.00", "1.00 → 1.00", "1.00 → 1.00"],
+        ["qa\\_1", "–", "refused", "refused"],
+        ["vt", "1.00 → 1.00", "1.00 → 0.00 ▼", "1.00 → 0.50 ▼"],
+        ["all subtasks", "1.00 → 1.00", "1.00 → 0.50 ▼", "1.00 → 0.75 ▼"],
+    ]
+    header, _, *cells = table_after(text[text.index("| longbench, score |") :], "| longbench, score |")
+    assert header == ["longbench, score", "dense", "patched", "Δ"]
+    assert cells[1:] == [["qasper", "0.250", "0.500", "+0.250 ▲"], ["all subtasks", "0.375", "0.500", "+0.125 ▲"]]
+    assert "The whole 95 % interval is ▼ worse or ▲ better than dense." in text
+    assert "| ruler | 1 of 81 | too \\| long |" in text
+
+    page = (run.path / "report.html").read_text(encoding="utf-8")
+    Page(page)
+    assert '<span class="state bad">1.00 → 0.00 ▼</span>' in page
+    assert '<span class="state good">+0.250 ▲</span>' in page
+    # the intervals of the subtasks are there on demand
+    assert "<details><summary>Subtasks with intervals and counts</summary>" in page
+
+
+def test_lost_samples_open_one_by_one(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    for id in range(12):
+        pair(run, "ruler", {"length": 4096, "subtask": "vt"}, id, 1, 1)
+        both(run, 1024, 50, id, 1, 0, output=f"{HOSTILE} {id}")
+    render(run)
+    text = (run.path / "report.html").read_text(encoding="utf-8")
+    lost = text[text.index("<h2>Dense right, patched wrong</h2>") : text.index("<h2>Warnings and limits</h2>")]
+    page = Page(lost[lost.index("<details>") : lost.rindex("</section>")])
+    assert sum(tag == "details" for tag, _ in page.tags) == 1 + 10
+    assert "niah/number: 12 samples, the 10 largest drops" in page.text
+    shown = [line.strip() for line in page.text if line.strip()]
+    assert shown[1:6] == ["length 1k, depth 50 %, id 0, seed 0", "expected answer", "1234567", "dense", "1234567"]
+    assert shown[6] == "patched" and shown[7].startswith("<script>alert('x')</script> | pipe")
+    assert "ruler" not in "".join(shown)
+
+
+def test_where_less_is_better_the_report_says_so(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    for id in range(20):
+        window(run, 1024, id, 2.0, 1.5)
+    render(run)
+    text = (run.path / "report.md").read_text(encoding="utf-8")
+    header, _, *rows = table_after(text, "## Quality")
+    reading = header.index("reading")
+    assert [(row[2], row[header.index("Δ")], row[header.index("win / tie / loss")], row[reading]) for row in rows] == [
+        ("nll", "−0.500", "20 / 0 / 0", "as good"),
+        ("ppl", "−2.907", "20 / 0 / 0", "as good"),
+    ]
+    assert "Less is better for nll, ppl." in text and "**as good as dense**" in text
+
+
+def test_positions_are_a_table(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    shared = {"task": "fidelity", "subtask": None, "cell": {"length": 1024}, "scores": {"top1_agree": 0.9}}
+    along = {"start": [0, 512], "top1": [1.0, 0.5], "kl": [0.001, 0.25]}
+    run.append_sample(niah("patched", 1024, 0, 0, 0) | shared | {"per_position": along})
+    render(run, ["md"])
+    text = (run.path / "report.md").read_text(encoding="utf-8")
+    header, _, *rows = table_after(text, "Along positions")
+    assert header == ["length", "from token", "n", "top-1 agreement", "KL to dense"]
+    assert rows == [["1k", "0", "1", "1", "0.001"], ["1k", "512", "1", "0.5", "0.25"]]
 
 
 def test_limited_run_is_said_at_the_top(tmp_path: Path) -> None:

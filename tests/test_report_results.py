@@ -1,16 +1,32 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
-from report_rows import RECIPE, bench, both, memory, new_run, niah
+from report_rows import RECIPE, bench, both, memory, new_run, niah, pair, sample_row, window
 
 from hfpatch.errors import ConfigError
-from hfpatch.report.results import speed_text, summarise, tokens_text, verdict
+from hfpatch.report.quality import main_rows, matrices, named, reading, subtask_rows
+from hfpatch.report.results import summarise, verdict
 from hfpatch.report.run import RunDir
-from hfpatch.report.stats import paired_bootstrap, win_tie_loss
+from hfpatch.report.stats import (
+    paired_bootstrap,
+    perplexity,
+    perplexity_bootstrap,
+    stratified_bootstrap,
+    win_tie_loss,
+)
+from hfpatch.report.words import speed_text, table_label, tokens_text
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    # hundreds of rows that nobody needs after a power cut
+    monkeypatch.setattr("hfpatch.report.run.os.fsync", lambda _: None)
 
 
 def fidelity(run: RunDir, id: int, agree: float, cosine: list[float | None], **more: object) -> None:
@@ -54,6 +70,38 @@ def test_statistics_refuse_what_is_not_paired() -> None:
     with pytest.raises(ValueError):
         win_tie_loss([1.0], [])
     assert win_tie_loss([0, 1, 1, 0, 1], [1, 1, 0, 0, 0]) == (1, 2, 2)
+
+
+def test_strata_count_the_same_whatever_their_size() -> None:
+    # a stratum of 1000 pairs without a difference, and the one above: its losses are halved
+    still = ([1.0] * 1000, [1.0] * 1000)
+    assert stratified_bootstrap([still, ([1, 1, 1, 1], [1, 1, 1, 0])]) == (-0.125, -0.375, 0.0)
+    assert stratified_bootstrap([([1, 1, 1, 1], [1, 1, 1, 0])]) == paired_bootstrap([1, 1, 1, 1], [1, 1, 1, 0])
+    assert stratified_bootstrap([([0.5], [0.5])] * 13) == (0.0, 0.0, 0.0)
+    # within each stratum all pairs are alike, so no draw can differ: pooled, the interval would be [-1, 1]
+    assert stratified_bootstrap([([1.0] * 5, [0.0] * 5), ([0.0] * 5, [1.0] * 5)]) == (0.0, 0.0, 0.0)
+    for strata in ([], [([], [])], [([1.0], [1.0, 0.0])]):
+        with pytest.raises(ValueError):
+            stratified_bootstrap(strata)
+
+
+def test_perplexity_weighs_windows_by_their_tokens() -> None:
+    # (1 * 10 + 2 * 30) / 40
+    assert perplexity([1.0, 2.0], [10, 30]) == pytest.approx(math.exp(1.75))
+    assert perplexity([1e6], [1]) == math.exp(700)
+    for nll, tokens in (([1.0], []), ([1.0], [0]), ([], [])):
+        with pytest.raises(ValueError):
+            perplexity(nll, tokens)
+    same = perplexity_bootstrap([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [5, 7, 9])
+    assert same == (0.0, 0.0, 0.0)
+    # windows that are all alike give the same perplexities in every draw
+    delta, low, high = perplexity_bootstrap([1.0] * 9, [2.0] * 9, list(range(1, 10)))
+    assert delta == low == high == pytest.approx(math.e**2 - math.e)
+    # of two windows a draw holds the second none, one or two times, with 1/4, 1/2, 1/4
+    delta, low, high = perplexity_bootstrap([0.0, 0.0], [0.0, math.log(4)], [1, 1])
+    assert (delta, low, high) == pytest.approx((1, 0, 3))
+    a, b, tokens = [1.0, 2.0, 1.5, 1.2], [1.1, 2.5, 1.4, 1.3], [4, 3, 2, 1]
+    assert perplexity_bootstrap(a, b, tokens) == perplexity_bootstrap(a[::-1], b[::-1], tokens[::-1])
 
 
 # Samples ------------------------------------------------------------------------------------------------------------
@@ -127,7 +175,7 @@ def test_failed_samples_score_zero_and_are_counted(tmp_path: Path) -> None:
         "fraction": 0.25,
         "messages": [{"arm": "patched", "message": "RuntimeError: out of memory", "count": 1}],
     }
-    assert results["lost"]["top"][0]["patched"] == "RuntimeError: out of memory"
+    assert results["lost"]["tables"][0]["top"][0]["patched"] == "RuntimeError: out of memory"
     assert any("1 of 4 samples failed" in note for note in results["warnings"])
 
 
@@ -179,9 +227,10 @@ def test_lost_samples_come_largest_drop_first_and_shortened(tmp_path: Path) -> N
     both(run, 1024, 0, 12, 0.4, 0.0)
     both(run, 1024, 0, 13, 0, 1)
     lost = summarise(run)["lost"]
-    assert lost["count"] == 12 and len(lost["top"]) == 10
-    assert all(sample["change"] == -1 for sample in lost["top"])
-    assert len(lost["top"][0]["patched"]) == 200 and lost["top"][0]["dense"] == "1234567"
+    (table,) = lost["tables"]
+    assert lost["count"] == table["count"] == 12 and len(table["top"]) == 10
+    assert all(sample["change"] == -1 for sample in table["top"])
+    assert len(table["top"][0]["patched"]) == 200 and table["top"][0]["dense"] == "1234567"
 
 
 def test_fidelity_uses_the_patched_arm(tmp_path: Path) -> None:
@@ -252,6 +301,17 @@ def test_the_same_rows_in_any_order_give_the_same_bytes(tmp_path: Path) -> None:
         for id in range(5)
         for arm in ("dense", "patched")
     ]
+    rows += [
+        sample_row(arm, task, cell, id, round(rng.random(), 3), **more)
+        for task, cell, more in (
+            ("ruler", {"length": 1024, "subtask": "vt"}, {}),
+            ("ruler", {"length": 2048, "subtask": "cwe"}, {"error": "refused: too long"}),
+            ("ruler", {"length": 1024, "subtask": "cwe"}, {"truncated": True}),
+            ("ppl", {"length": 1024}, {"scores": {"nll": rng.random()}, "tokens": 9, "lower_is_better": ["nll"]}),
+        )
+        for id in range(12)
+        for arm in ("dense", "patched")
+    ]
     written = []
     for turn in range(3):
         run = new_run(tmp_path / str(turn))
@@ -263,6 +323,222 @@ def test_the_same_rows_in_any_order_give_the_same_bytes(tmp_path: Path) -> None:
         run.write_results(results)
         written.append((run.path / "results.json").read_bytes())
     assert written[0] == written[1] == written[2]
+
+
+# Tasks with subtasks ------------------------------------------------------------------------------------------------
+
+
+def by_place(quality: list[dict[str, Any]], metric: str = "score") -> dict[tuple[str | None, Any], dict[str, Any]]:
+    """Quality rows of one metric by subtask (None: the mean) and length."""
+    return {(q["subtask"], q["length"]): q for q in quality if q["metric"] == metric}
+
+
+def test_the_mean_over_subtasks_by_hand(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    # 4k: vt 2 of 4 → 1 of 4, cwe 1 of 1 → 1 of 1; 8k: only vt, 1 of 1 → 0 of 1
+    for id, (dense, patched) in enumerate([(1, 1), (1, 0), (0, 0), (0, 0)]):
+        pair(run, "ruler", {"length": 4096, "subtask": "vt"}, id, dense, patched)
+    pair(run, "ruler", {"length": 4096, "subtask": "cwe"}, 0, 1, 1)
+    pair(run, "ruler", {"length": 8192, "subtask": "vt"}, 0, 1, 0)
+    results = summarise(run)
+    rows = by_place(results["quality"])
+    assert list(rows) == [
+        ("cwe", 4096), ("vt", 4096), ("vt", 8192), ("vt", None), (None, 4096), (None, 8192), (None, None)
+    ]  # fmt: skip
+    short = rows[None, 4096]
+    assert (short["dense"], short["patched"], short["delta"], short["n"]) == (0.75, 0.625, -0.125, 5)
+    assert (short["win"], short["tie"], short["loss"]) == (0, 4, 1)
+    assert (short["subtasks"], short["subtasks_of"], short["overall"]) == (2, 2, False)
+    # the losses of vt in a draw are Binomial(4, 1/4), of which a half counts
+    assert short["ci"] == [-0.375, 0.0]
+    long = rows[None, 8192]
+    assert (long["dense"], long["patched"], long["n"], long["subtasks"]) == (1.0, 0.0, 1, 1)
+    # over all: vt is 3 of 5 → 1 of 5
+    whole = rows[None, None]
+    assert (whole["dense"], whole["patched"], whole["n"]) == (pytest.approx(0.8), pytest.approx(0.6), 6)
+    assert [table_label(q) for q in (short, long)] == ["ruler, all subtasks", "ruler, 1 of 2 subtasks"]
+    assert {q["subtask"] for q in main_rows(results["quality"])} == {None}
+    assert len(subtask_rows(results["quality"])) == 4
+
+    (matrix,) = matrices(results["quality"])
+    assert matrix["lengths"] == [4096, 8192, None]
+    found = {name: [q and q["patched"] for q in cells] for name, cells in matrix["rows"]}
+    assert found == {"cwe": [1.0, None, 1.0], "vt": [0.25, 0.0, 0.2], "all subtasks": [0.625, 0.0, pytest.approx(0.6)]}
+
+    assert [q["patched"] for q in named(results["quality"], "ruler.score")] == [pytest.approx(0.6)]
+    assert [q["patched"] for q in named(results["quality"], "ruler.score@4k")] == [0.625]
+    assert [q["patched"] for q in named(results["quality"], "ruler.vt.score")] == [pytest.approx(0.2)]
+    assert [q["patched"] for q in named(results["quality"], "ruler.vt.score@8192")] == [0.0]
+    assert named(results["quality"], "ruler.qa_1.score") == named(results["quality"], "ruler.other") == []
+    with pytest.raises(ConfigError, match="no length"):
+        named(results["quality"], "ruler.score@25%")
+
+
+def test_expected_numbers_of_a_task_with_subtasks_are_its_mean(tmp_path: Path) -> None:
+    expect = [{"metric": f"ruler{name}", "value": 0.5, "tol": 0.1} for name in (".score", ".vt.score", ".score@4096")]
+    run = new_run(tmp_path, {"expect": expect})
+    pair(run, "ruler", {"length": 4096, "subtask": "vt"}, 0, 1, 0)
+    pair(run, "ruler", {"length": 4096, "subtask": "cwe"}, 0, 1, 1)
+    assert [e["ours"] for e in summarise(run)["expect"]] == [0.5, 0.0, 0.5]
+
+
+def test_tables_without_length(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    for id in range(3):
+        pair(run, "longbench", {"subtask": "qasper"}, id, 0.5, 0.25)
+        pair(run, "longbench", {"subtask": "lcc"}, id, 1.0, 1.0)
+    results = summarise(run)
+    rows = by_place(results["quality"])
+    assert list(rows) == [("lcc", None), ("qasper", None), (None, None)]
+    assert all(row["overall"] for row in rows.values())
+    assert (rows[None, None]["dense"], rows[None, None]["patched"]) == (0.75, 0.625)
+    assert rows[None, None]["ci"] == [-0.125, -0.125]
+    assert results["heatmaps"] == [] and results["density"]["by_length"] == []
+    assert matrices(results["quality"])[0]["lengths"] == [None]
+    said = verdict(results)
+    assert said["text"].startswith(
+        "longbench, all subtasks score −12.5 pts [−12.5, −12.5] (n=6, indicative), worst qasper"
+    )
+
+
+def test_settings_have_means_of_their_own(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    for words, score in (("0-4k", 0.0), ("4-8k", 1.0)):
+        for subtask in ("qasper", "lcc"):
+            pair(run, "longbench", {"subtask": subtask, "words": words}, 0, score, score)
+    means = [q for q in summarise(run)["quality"] if q["subtasks"]]
+    assert [(table_label(q), q["dense"]) for q in means] == [
+        ("longbench words=0-4k, all subtasks", 0.0),
+        ("longbench words=4-8k, all subtasks", 1.0),
+    ]
+
+
+def test_an_unfinished_subtask_does_not_move_the_mean(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    pair(run, "ruler", {"length": 4096, "subtask": "cwe"}, 0, 1, 1)
+    run.append_sample(sample_row("dense", "ruler", {"length": 4096, "subtask": "vt"}, 0, 0))
+    row = next(q for q in summarise(run)["quality"] if q["subtasks"])
+    assert (row["dense"], row["patched"], row["subtasks"], row["n"]) == (1.0, 1.0, 1, 1)
+
+
+def test_few_samples_of_many_subtasks_are_one_note(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    for number in range(4):
+        pair(run, "ruler", {"length": 4096, "subtask": f"task_{number}"}, 0, 1, 1)
+    both(run, 1024, 0, 0, 1, 1)
+    (note,) = summarise(run)["warnings"]
+    assert note == "Rows with fewer than 20 samples are only indicative: 4 subtasks of ruler, niah/number."
+
+
+# Refused and truncated ----------------------------------------------------------------------------------------------
+
+
+def test_refused_samples_are_in_no_mean_but_counted(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    reason = "the prompt of 9000 tokens exceeds the model's context of 8192 tokens"
+    refused = {"error": f"refused: {reason}", "finish": "refused", "scores": {}, "fallbacks": {"stale": 1}}
+    pair(run, "ruler", {"length": 4096, "subtask": "vt"}, 0, 1, 1)
+    pair(run, "ruler", {"length": 4096, "subtask": "vt"}, 1, 0, 0, **refused)
+    pair(run, "ruler", {"length": 4096, "subtask": "qa_1"}, 0, 0, 0, **refused)
+    pair(run, "ruler", {"length": 4096, "subtask": "cwe"}, 0, 1, 0, error="RuntimeError: no", scores={"score": 0.0})
+    results = summarise(run)
+    rows = by_place(results["quality"])
+    assert (rows["vt", 4096]["dense"], rows["vt", 4096]["n"], rows["vt", 4096]["refused"]) == (1.0, 1, 1)
+    assert (rows["qa_1", 4096]["dense"], rows["qa_1", 4096]["n"], rows["qa_1", 4096]["refused"]) == (None, 0, 1)
+    mean = rows[None, 4096]
+    assert (mean["dense"], mean["subtasks"], mean["subtasks_of"], mean["refused"]) == (0.5, 2, 3, 2)
+    assert (results["errors"]["count"], results["errors"]["of"], results["arms"]) == (2, 4, {"dense": 2, "patched": 2})
+    assert results["refused"] == {
+        "count": 2,
+        "tasks": [{"task": "ruler", "count": 2, "of": 4, "reason": reason}],
+    }
+    assert results["fallbacks"] == {} and results["lost"]["count"] == 0 and results["unpaired"] == 0
+    assert f"ruler: 2 of 4 samples refused, not run and in no mean: {reason} and the like." in results["warnings"]
+
+
+def test_all_refused(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    pair(run, "niah", {"length": 4096, "depth": 0}, 0, 0, 0, error="refused: too long", scores={})
+    results = summarise(run)
+    assert [(q["n"], q["dense"], q["refused"]) for q in results["quality"]] == [(0, None, 1)]
+    assert verdict(results)["state"] == "none" and results["errors"]["fraction"] == 0.0
+
+
+def test_truncated_prompts_are_counted(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    for id in range(5):
+        more = {"truncated": True} if id < 2 else {}
+        pair(run, "longbench", {"subtask": "qasper"}, id, 1, 1, **more)
+    results = summarise(run)
+    assert results["truncated"] == [{"task": "longbench", "count": 2, "of": 5}]
+    assert "longbench: 2 of 5 prompts were cut in the middle to fit." in results["warnings"]
+
+
+# Less is better -----------------------------------------------------------------------------------------------------
+
+
+def test_perplexity_of_a_run_by_hand(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    window(run, 1024, 0, 1.0, 2.0, tokens=10)
+    window(run, 1024, 1, 2.0, 2.0, tokens=30)
+    window(run, 2048, 0, 3.0, 2.0, tokens=40)
+    quality = summarise(run)["quality"]
+    nll, ppl = by_place(quality, "nll"), by_place(quality, "ppl")
+    assert (nll[None, 1024]["dense"], nll[None, 1024]["patched"]) == (1.5, 2.0)
+    assert nll[None, 1024]["lower_is_better"] and ppl[None, 1024]["lower_is_better"]
+    # patched better: less
+    assert [nll[None, None][key] for key in ("win", "tie", "loss")] == [1, 1, 1]
+    short, whole = ppl[None, 1024], ppl[None, None]
+    assert (short["dense"], short["patched"]) == (pytest.approx(math.exp(1.75)), pytest.approx(math.exp(2)))
+    assert short["delta"] == pytest.approx(math.exp(2) - math.exp(1.75))
+    assert whole["dense"] == pytest.approx(math.exp((10 + 60 + 120) / 80)) and whole["n"] == 3
+    assert short["ci"][0] <= short["delta"] <= short["ci"][1]
+    assert [q["patched"] for q in named(quality, "ppl.ppl@1k")] == [short["patched"]]
+
+
+def test_failed_windows_win_no_prize(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    window(run, 1024, 0, 2.0, 2.1)
+    window(run, 1024, 1, 2.0, 0.0, error="RuntimeError: out of memory")
+    results = summarise(run)
+    for row in results["quality"]:
+        assert (row["n"], row["errors"]) == (1, 1) and row["patched"] > row["dense"]
+    assert any("left out instead" in note for note in results["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("shift", "state", "word"),
+    [(0.1, "bad", "worse than dense"), (-0.1, "good", "as good as dense"), (0.005, "good", "as good as dense")],
+)
+def test_less_is_better_turns_the_verdict_around(tmp_path: Path, shift: float, state: str, word: str) -> None:
+    run = new_run(tmp_path)
+    for id in range(30):
+        window(run, 1024, id, 2.0 + id / 100, 2.0 + id / 100 + shift)
+    results = summarise(run)
+    said = verdict(results)
+    assert (said["state"], said["word"]) == (state, word)
+    assert said["text"].startswith("ppl 8.5") and "less is better" in said["text"] and "nll" not in said["text"]
+    assert {reading(q) for q in results["quality"]} == {state}
+    assert results["lost"]["count"] == 0
+
+
+def test_dense_perplexity_alone(tmp_path: Path) -> None:
+    run = new_run(tmp_path, {"patches": []})
+    window(run, 1024, 0, 2.0, None)
+    results = summarise(run)
+    ppl = by_place(results["quality"], "ppl")[None, 1024]
+    assert (ppl["dense"], ppl["patched"], ppl["ci"]) == (pytest.approx(math.exp(2)), None, None)
+    assert "ppl 7.389 (n=1)" in verdict(results)["text"]
+
+
+def test_fidelity_along_positions(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    fidelity(run, 0, 0.8, [1.0], per_position={"start": [0, 512], "top1": [1.0, 0.5], "kl": [0.0, 0.2]})
+    fidelity(run, 1, 1.0, [1.0], per_position={"start": [0, 512], "top1": [0.5, 0.5], "kl": [0.1, None]})
+    assert summarise(run)["fidelity"]["positions"] == [
+        {"length": 1024, "start": 0, "n": 2, "top1": 0.75, "kl": 0.05},
+        {"length": 1024, "start": 512, "n": 2, "top1": 0.5, "kl": 0.2},
+    ]
 
 
 # Verdict ------------------------------------------------------------------------------------------------------------

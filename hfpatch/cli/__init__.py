@@ -39,7 +39,20 @@ def hfpatch(
     context.obj = options
 
 
-for _name in ("list", "info", "doctor", "explain", "apply", "eval", "bench", "report", "verify", "recipe"):
+for _name in (
+    "list",
+    "info",
+    "doctor",
+    "explain",
+    "apply",
+    "eval",
+    "bench",
+    "report",
+    "compare",
+    "verify",
+    "recipe",
+    "cache",
+):
     import_module(f"hfpatch.cli.{_name}").add_to(app)
 
 

@@ -78,7 +78,8 @@ def _type(hint: Any) -> str:
         return " or ".join(_type(member) for member in typing.get_args(hint))
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(map(str, typing.get_args(hint)))
-    names = {int: "int", float: "float", str: "text", bool: "true/false", types.NoneType: "null"}
+    names = {int: "int", float: "float", str: "text", bool: "true/false", types.NoneType: "null", dict: "mapping"}
+    hint = dict if typing.get_origin(hint) is dict else hint
     return names.get(hint, "list")
 
 

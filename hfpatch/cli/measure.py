@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -10,12 +12,21 @@ from rich.table import Table
 
 from hfpatch.cli.console import Terminal, table
 from hfpatch.cli.options import RunOptions, check_patches, empty_model, gates, offline
+from hfpatch.errors import DataMissingError
 from hfpatch.recipe import Recipe
 
 
 def run(terminal: Terminal, recipe: Recipe, options: RunOptions) -> None:
-    """Run a recipe and show what came out; exit 4 if a gate fails."""
+    """Run a recipe, or the sweep that it is, and show what came out; exit 4 if a gate fails."""
+    if recipe.matrix:
+        from hfpatch.cli import sweep
+
+        sweep.run(terminal, recipe, options)
+        return
     limits = gates(options.fail_under)
+    for metric in limits:
+        # a name that can be none is said now, not after the run
+        _named({"quality": []}, metric)
     check_patches(recipe)
     if options.dry_run:
         plan(terminal, recipe, options.limit)
@@ -29,7 +40,9 @@ def run(terminal: Terminal, recipe: Recipe, options: RunOptions) -> None:
     except KeyboardInterrupt:
         terminal.farewell = progress.last
         raise
-    show(terminal, done, limits)
+    # the other processes of a sharded run have nothing to show
+    if done is not None:
+        show(terminal, done, limits)
 
 
 def plan(terminal: Terminal, recipe: Recipe, limit: int | None) -> None:
@@ -41,17 +54,21 @@ def plan(terminal: Terminal, recipe: Recipe, limit: int | None) -> None:
     shown: list[Any] = []
     explanation = None
     if recipe.patches:
-        longest = max(item["cell"]["length"] for item in work)
+        # tasks on ready-made texts know their lengths only with a tokenizer
+        longest = max((length for item in work if (length := item["cell"].get("length"))), default=4096)
         explanation = hfpatch.explain(empty_model(recipe, offline(terminal)), recipe, seq_len=longest)
         shown += [str(explanation), ""]
     made = table("task", "cell", "samples", "arms", "prompt tokens", right=("samples", "prompt tokens"))
     for item in work:
         cell = " ".join(f"{key} {value}" for key, value in item["cell"].items() if value is not None)
-        made.add_row(item["task"], cell, str(item["samples"]), ", ".join(item["arms"]), f"{item['prompt_tokens']:,}")
-    total = sum(item["prompt_tokens"] for item in work)
+        tokens = "–" if item["prompt_tokens"] is None else f"{item['prompt_tokens']:,}"
+        made.add_row(item["task"], cell, str(item["samples"]), ", ".join(item["arms"]), tokens)
+    total = sum(item["prompt_tokens"] or 0 for item in work)
+    unknown = sum(item["prompt_tokens"] is None for item in work)
+    more = f" and those of {unknown} cells, known when they run" if unknown else ""
     data = {"recipe": recipe.to_dict(), "hash": recipe.hash(), "work": work, "prompt_tokens": total}
     data["explanation"] = explanation.to_dict() if explanation is not None else None
-    terminal.result(data, *shown, made, f"{len(work)} cells, {total:,} prompt tokens. Nothing was loaded or run.")
+    terminal.result(data, *shown, made, f"{len(work)} cells, {total:,} prompt tokens{more}. Nothing was loaded or run.")
 
 
 def show(terminal: Terminal, done: Any, limits: Mapping[str, float]) -> None:
@@ -60,73 +77,151 @@ def show(terminal: Terminal, done: Any, limits: Mapping[str, float]) -> None:
 
     results = done.results()
     reports = [str(path) for path in sorted(done.path.glob("report.*"), reverse=True)]
-    missed = {metric: (measured(results, metric), floor) for metric, floor in limits.items()}
-    missed = {metric: pair for metric, pair in missed.items() if pair[0] is None or pair[0] < pair[1]}
+    failed = failed_gates(results, limits)
     said = verdict(results)
-    data = {"run": str(done.path), "reports": reports, "verdict": said, "results": results}
-    data["failed_gates"] = {metric: {"value": value, "floor": floor} for metric, (value, floor) in missed.items()}
+    data = {"run": str(done.path), "reports": reports, "verdict": said, "results": results, "failed_gates": failed}
     lines = [f"! {note}" for note in results["warnings"]]
     lines += [f"{said['word']}: {said['text']}", *(f"report: {path}" for path in reports)]
-    terminal.result(data, *_tables(results), "\n".join(lines))
-    for metric, (value, floor) in missed.items():
-        was = "was not measured" if value is None else f"is {value:.4g}"
-        terminal.err.print(f"gate failed: {metric} {was}, wanted at least {floor:g}", style="bold red")
-    if missed:
+    terminal.result(data, *spaced(_tables(results)), "\n".join(lines))
+    end_at_gates(terminal, failed)
+
+
+def find_run(text: str, base: Path = Path("runs")) -> Any:
+    """A run by its directory, its name in `base`, or `latest`. Raises DataMissingError with the nearest names."""
+    from hfpatch.report.run import RunDir
+
+    given = Path(text).expanduser()
+    for path in (given, base / text):
+        if path.exists():
+            return RunDir.open(path)
+    names = sorted((path.parent.name for path in base.glob("*/run.json")), reverse=True)
+    known = [*names, *(["latest"] if (base / "latest").is_file() else [])]
+    near = [name for name in names if text in name] or get_close_matches(text, known, n=3, cutoff=0.5)
+    if near:
+        hint = f"Did you mean: {', '.join(near[:3])}?"
+    elif names:
+        hint = f"The newest there: {', '.join(names[:3])}."
+    else:
+        hint = "There are none there yet. Runs are made by `hfpatch eval`, `bench` and `apply`."
+    raise DataMissingError(f"no run {text!r}: it is no directory, and none of that name is in {base}. {hint}")
+
+
+def failed_gates(results: Mapping[str, Any], limits: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    """The limits that the results miss, or that were not measured. Where less is better a limit is the most allowed."""
+    failed = {}
+    for metric, limit in limits.items():
+        value, less = measured(results, metric), less_is_better(results, metric)
+        if value is None or (value > limit if less else value < limit):
+            failed[metric] = {"value": value, "limit": limit, "lower_is_better": less}
+    return failed
+
+
+def end_at_gates(terminal: Terminal, failed: Mapping[str, Mapping[str, Any]]) -> None:
+    """Name the failed gates and exit 4, if there are any."""
+    for metric, gate in failed.items():
+        was = "was not measured" if gate["value"] is None else f"is {gate['value']:.4g}"
+        wanted = "at most" if gate["lower_is_better"] else "at least"
+        terminal.err.print(f"gate failed: {metric} {was}, wanted {wanted} {gate['limit']:g}", style="bold red")
+    if failed:
         raise typer.Exit(4)
 
 
 def measured(results: Mapping[str, Any], metric: str) -> float | None:
     """A number by name, of the patched arm where there is one; None if it was not measured.
 
-    `niah.contains` or `niah.number.contains`, `fidelity.top1_agree`, `bench.prefill` and `bench.decode` (dense /
-    patched at the longest length).
+    `niah.contains`, `ruler.score` (the mean over the subtasks) or `ruler.vt.score`, each over all lengths or with
+    `@4k` at one; `fidelity.top1_agree`; `bench.prefill` and `bench.decode` (dense / patched at the longest length).
+    Where several tables have that name, the worst of them.
     """
-    task, *subtask, name = metric.split(".")
+    task, _, name = metric.partition(".")
     if task == "bench":
         return next((row["ratio"] for row in reversed(results["timing"].get(name) or [])), None)
     if task == "fidelity":
         return next((row["scores"].get(name) for row in results["fidelity"]["rows"] if row["length"] is None), None)
-    found = [
-        row["dense"] if row["patched"] is None else row["patched"]
-        for row in results["quality"]
-        if (row["task"], row["metric"], row["overall"]) == (task, name, True) and subtask in ([], [row["subtask"]])
-    ]
-    return min(found) if found else None
+    found = [row["dense"] if row["patched"] is None else row["patched"] for row in _named(results, metric)]
+    known = [value for value in found if value is not None]
+    worst = max if less_is_better(results, metric) else min
+    return worst(known) if known else None
+
+
+def less_is_better(results: Mapping[str, Any], metric: str) -> bool:
+    """Whether a number by name (see `measured`) is one of which less is better."""
+    task, _, name = metric.partition(".")
+    if task == "fidelity":
+        return name in results["fidelity"].get("lower_is_better", ())
+    return any(row["lower_is_better"] for row in _named(results, metric))
+
+
+def _named(results: Mapping[str, Any], metric: str) -> list[Mapping[str, Any]]:
+    from hfpatch.report.quality import named
+
+    return named(results["quality"], metric)
+
+
+def spaced(tables: Sequence[Table]) -> list[Any]:
+    """Tables with an empty line behind each."""
+    return [part for made in tables for part in (made, "")]
+
+
+def quality_tables(quality: Sequence[Mapping[str, Any]], names: tuple[str, str] = ("dense", "patched")) -> list[Table]:
+    """The headline metrics, and subtasks by length; `names`: what the two arms are called."""
+    from hfpatch.report.quality import main_rows, matrices
+    from hfpatch.report.render import matrix_block
+    from hfpatch.report.words import signed, table_label, tokens_text
+
+    made = []
+    if rows := main_rows(quality):
+        number = ("n", "win/tie/loss")
+        several = any(row["ci"] for row in rows)
+        columns = ["task", "length", "metric", *names, "Δ (95 % CI, paired)", "n", *number[1:] * several]
+        headlines = table(*columns, right=number)
+        for row in rows:
+            length = "all" if row["length"] is None else tokens_text(row["length"])
+            delta = record = "–"
+            if row["ci"]:
+                delta = f"{signed(row['delta'], 3)} [{signed(row['ci'][0], 3)}, {signed(row['ci'][1], 3)}]"
+                delta += ", indicative" if row["indicative"] else ""
+                record = f"{row['win']}/{row['tie']}/{row['loss']}"
+            cells = [table_label(row), length, row["metric"], _score(row["dense"]), _score(row["patched"]), delta]
+            headlines.add_row(*cells, str(row["n"]), *[record] * several)
+        made.append(headlines)
+    for matrix in matrices(quality):
+        block = matrix_block(matrix, names)
+        subtasks = table(*block.header)
+        for line in block.rows:
+            subtasks.add_row(*line)
+        made.append(subtasks)
+    return made
+
+
+def _score(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _tables(results: Mapping[str, Any]) -> list[Table]:
-    from hfpatch.report.results import signed, table_label, tokens_text
+    made = quality_tables(results["quality"])
+    from hfpatch.report.words import tokens_text
 
-    def score(value: float | None) -> str:
-        return "–" if value is None else f"{value:.3f}"
-
-    made = []
-    if rows := [row for row in results["quality"] if row["headline"]]:
-        quality = table("task", "length", "metric", "dense", "patched", "Δ (95 % CI, paired)", "n", right=("n",))
-        for row in rows:
-            length = "all" if row["length"] is None else tokens_text(row["length"])
-            delta = "–"
-            if row["ci"]:
-                delta = f"{signed(row['delta'], 3)} [{signed(row['ci'][0], 3)}, {signed(row['ci'][1], 3)}]"
-            scores = (score(row["dense"]), score(row["patched"]))
-            quality.add_row(table_label(row), length, row["metric"], *scores, delta, str(row["n"]))
-        made.append(quality)
     if rows := results["fidelity"]["rows"]:
         fidelity = table("fidelity", *rows[0]["scores"])
         for row in rows:
             name = "all" if row["length"] is None else tokens_text(row["length"])
-            fidelity.add_row(name, *(score(value) for value in row["scores"].values()))
+            fidelity.add_row(name, *(_score(value) for value in row["scores"].values()))
         made.append(fidelity)
-    timing = results["timing"]
-    if timing["prefill"] or timing["decode"]:
-        times = table("median ms", "length", "dense", "patched", "dense / patched", "kept", "kernel")
-        for what in ("prefill", "decode", "first_call"):
-            for row in timing[what]:
-                both = (f"{row[arm]['median']:.1f}" if row[arm] else "–" for arm in ("dense", "patched"))
-                ratio = "–" if row["ratio"] is None else f"{row['ratio']:.2f}×"
-                kept = "–" if row["density"] is None else f"{100 * row['density']:.1f} %"
-                times.add_row(
-                    what.replace("_", " "), tokens_text(row["length"]), *both, ratio, kept, row["kernel"] or "–"
-                )
-        made.append(times)
-    return made
+    return made + timing_tables(results["timing"])
+
+
+def timing_tables(timing: Mapping[str, Any], names: tuple[str, str] = ("dense", "patched")) -> list[Table]:
+    """Median times of two arms, which are called `names`."""
+    from hfpatch.report.words import tokens_text
+
+    if not (timing["prefill"] or timing["decode"]):
+        return []
+    times = table("median ms", "length", *names, " / ".join(names), "kept", "kernel")
+    for what in ("prefill", "decode", "first_call"):
+        for row in timing[what]:
+            both = (f"{row[arm]['median']:.1f}" if row[arm] else "–" for arm in ("dense", "patched"))
+            ratio = "–" if row["ratio"] is None else f"{row['ratio']:.2f}×"
+            kept = "–" if row["density"] is None else f"{100 * row['density']:.1f} %"
+            times.add_row(what.replace("_", " "), tokens_text(row["length"]), *both, ratio, kept, row["kernel"] or "–")
+    return [times]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import typer
-
 from hfpatch.cli import measure
 from hfpatch.cli.console import Terminal, table
 from hfpatch.cli.options import RunOptions, gates
@@ -61,25 +59,17 @@ def show(terminal: Terminal, sweep: Any, limits: Mapping[str, float]) -> None:
 
     results = sweep.results()
     reports = [str(path) for path in sorted(sweep.path.glob("report.*"), reverse=True)]
-    missed: dict[str, dict[str, float | None]] = {}
+    missed: dict[str, dict[str, Any]] = {}
     for number, entry in sweep.points.items():
         done = sweep.run(number)
-        for metric, floor in limits.items():
-            value = None if done is None else measure.measured(done.results(), metric)
-            if value is None or value < floor:
-                missed.setdefault(metric, {})[entry["label"]] = value
+        for metric, gate in measure.failed_gates({"quality": []} if done is None else done.results(), limits).items():
+            missed[f"{entry['label']}: {metric}"] = gate
     said = sweep_verdict(results)
     data = {"run": str(sweep.path), "reports": reports, "verdict": said, "results": results}
-    data["failed_gates"] = {metric: {"floor": limits[metric], "points": points} for metric, points in missed.items()}
+    data["failed_gates"] = missed
     lines = [f"{said['word']}: {said['text']}", *(f"report: {path}" for path in reports)]
     terminal.result(data, _points(results), "\n".join(lines))
-    for metric, points in missed.items():
-        for label, value in points.items():
-            was = "was not measured" if value is None else f"is {value:.4g}"
-            text = f"gate failed: {label}: {metric} {was}, wanted at least {limits[metric]:g}"
-            terminal.err.print(text, style="bold red")
-    if missed:
-        raise typer.Exit(4)
+    measure.end_at_gates(terminal, missed)
 
 
 def _points(results: Mapping[str, Any]) -> Any:

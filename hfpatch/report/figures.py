@@ -18,8 +18,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hfpatch.report.results import PHASES, signed, table_label, tokens_text
+from hfpatch.report.results import PHASES
 from hfpatch.report.run import write_atomically
+from hfpatch.report.words import signed, table_label, tokens_text
 
 # Okabe and Ito's colours: told apart with any kind of colour vision, and visible on white and on black.
 ARM_COLOURS = {"dense": "#0072b2", "patched": "#d55e00"}

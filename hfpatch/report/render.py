@@ -15,18 +15,10 @@ from typing import Any, ClassVar
 
 from hfpatch.errors import ConfigError
 from hfpatch.report.figures import Chart, charts, inline_svg, save
-from hfpatch.report.results import (
-    DENSE,
-    patch_text,
-    reading,
-    signed,
-    speed_text,
-    summarise,
-    table_label,
-    tokens_text,
-    verdict,
-)
+from hfpatch.report.quality import is_better, main_rows, matrices, reading, subtask_rows
+from hfpatch.report.results import summarise, verdict
 from hfpatch.report.run import RunDir, write_atomically
+from hfpatch.report.words import patch_text, signed, speed_text, table_label, tokens_text
 
 FORMATS = ("md", "html")
 NONE = "–"
@@ -52,13 +44,27 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are text. Columns named in `words` are set left, the others as numbers. `folded`: shown on demand."""
+    """Cells are text. Columns named in `words` are set left, the others as numbers. `folded`: shown on demand.
+
+    `states`: good, unclear, bad or nothing for each cell, as far as there are any.
+    """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: Sequence[str] = ()
     folded: str = ""
+    states: Sequence[Sequence[str]] = ()
     kind: ClassVar[str] = "table"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples under one title: of each the place, and named texts. Shown on demand."""
+
+    title: str
+    header: Sequence[str]
+    items: Sequence[tuple[str, Sequence[str]]]
+    kind: ClassVar[str] = "samples"
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Picture:
     kind: ClassVar[str] = "picture"
 
 
-Block = Text | Code | Bullets | Table | Picture
+Block = Text | Code | Bullets | Table | Samples | Picture
 
 
 @dataclass(frozen=True)
@@ -106,9 +112,17 @@ def render(run: RunDir, formats: Sequence[str] = FORMATS) -> list[Path]:
     reports = []
     for name in formats:
         path = run.path / f"report.{name}"
-        write_atomically(path, _template(name).render(document).encode("utf-8"))
+        write(path, document)
         reports.append(path)
     return reports + figures
+
+
+def write(path: Path, document: Mapping[str, Any]) -> None:
+    """Lay a document out as its file's suffix says, .md or .html.
+
+    It has `title`, `subject`, `verdict` (state, word, text), `limited` (notes for the top) and `sections`.
+    """
+    write_atomically(path, _template(path.suffix[1:]).render(document).encode("utf-8"))
 
 
 def _template(name: str) -> Any:
@@ -165,13 +179,13 @@ def _sections(results: Mapping[str, Any], pictures: Mapping[str, Picture]) -> li
     warnings = [*results["warnings"], *results["timing"]["notes"]]
     return [
         Section("What was run", _what_was_run(results)),
-        Section("Quality", _quality(results)),
+        Section("Quality", [*quality_blocks(results["quality"]), *_besides(results)]),
         Section("Needle by length and depth", heatmaps),
         Section("Fidelity to dense", _fidelity(results, pictures)),
-        Section("Latency and memory", _timing(results, pictures)),
+        Section("Latency and memory", timing_blocks(results["timing"], pictures)),
         Section("Density, kernels and fallbacks", _density(results, pictures)),
         Section("Expected numbers", _expect(results)),
-        Section("Dense right, patched wrong", _lost(results)),
+        Section("Dense right, patched wrong", lost_blocks(results["lost"]) if _has_both(results) else []),
         Section("Warnings and limits", [Bullets(warnings)] if warnings else [Text("None.")]),
         Section("Environment", _environment(results)),
     ]
@@ -233,19 +247,80 @@ def _find(env: Any, name: str) -> str | None:
     return None
 
 
-def _quality(results: Mapping[str, Any]) -> list[Block]:
+ARMS = ("dense", "patched")
+
+
+def quality_blocks(quality: Sequence[Mapping[str, Any]], names: tuple[str, str] = ARMS) -> list[Block]:
+    """Subtask × length tables, and the quality table with its intervals. `names`: what the two arms are called."""
     blocks: list[Block] = []
-    for headline, folded in ((True, ""), (False, "Other metrics")):
-        rows = [q for q in results["quality"] if q["headline"] is headline]
+    if main := main_rows(quality):
+        blocks.append(_quality_table(main, "", names))
+    tables = [matrix_block(table, names) for table in matrices(quality)]
+    blocks += tables
+    cells = [cell for table in tables for row in table.rows for cell in row]
+    found = [f"{mark} {word}" for mark, word in _MARKS.items() if any(cell.endswith(mark) for cell in cells)]
+    if found:
+        blocks.append(Text(f"The whole 95 % interval is {' or '.join(found)} than {names[0]}."))
+    others = [q for q in quality if not q["headline"]]
+    for rows, folded in ((subtask_rows(quality), "Subtasks with intervals and counts"), (others, "Other metrics")):
         if rows:
-            blocks.append(_quality_table(rows, folded))
-    if blocks and any(q["ci"] for q in results["quality"]):
-        blocks.append(
-            Text(
-                "Same prompts in both arms. 95 % CI: paired bootstrap over samples, 2,000 resamples, fixed seed. "
-                "With fewer than 20 samples a row is only indicative."
-            )
+            blocks.append(_quality_table(rows, folded, names))
+    if blocks and any(q["ci"] for q in quality):
+        text = (
+            "Same prompts in both arms. 95 % CI: paired bootstrap over samples, 2,000 resamples, fixed seed; for a mean"
+            " over subtasks the samples are drawn within each subtask. With fewer than 20 samples a row is only "
+            "indicative."
         )
+        if less := sorted({q["metric"] for q in quality if q["lower_is_better"]}):
+            text += f" Less is better for {', '.join(less)}."
+        if any(q["metric"] == "ppl" for q in quality):
+            text += " Perplexity is over all tokens of the row, its interval over windows."
+        blocks.append(Text(text))
+    return blocks
+
+
+_MARKS = {"▼": "worse", "▲": "better"}
+
+
+def matrix_block(table: Mapping[str, Any], names: tuple[str, str]) -> Table:
+    """Subtasks by length: both arms' means in a cell, marked where they differ beyond chance."""
+    several = len(table["lengths"]) > 1
+    about = table_label({"task": table["task"], "subtask": None, "setting": table["setting"]})
+    header = [f"{about}, {table['metric']}"]
+    rows: list[list[str]] = []
+    states: list[list[str]] = []
+    both = any(q and q["ci"] for _, cells in table["rows"] for q in cells)
+    for length in table["lengths"]:
+        at = "all lengths" if length is None else tokens_text(length)
+        header += [at] if several else [*names, "Δ"] if both else [at]
+    width = 3 if both and not several else 1
+    for name, cells in table["rows"]:
+        row, row_states = [name], [""]
+        for q in cells:
+            if q is None or q["n"] == 0:
+                row += ["refused" if q and q["refused"] else NONE] * width
+                row_states += [""] * width
+                continue
+            dense, patched = (NONE if q[arm] is None else f"{q[arm]:.{3 - several}f}" for arm in ARMS)
+            state = ""
+            if q["ci"]:
+                state = "bad" if reading(q) == "bad" else "good" if is_better(q) else ""
+            mark = {"bad": " ▼", "good": " ▲", "": ""}[state]
+            if not q["ci"]:
+                row += [patched if q["dense"] is None else dense, *[NONE] * (width - 1)]
+            elif several:
+                row.append(f"{dense} → {patched}{mark}")
+            else:
+                row += [dense, patched, signed(q["delta"], 3) + mark]
+            row_states += [""] * (width - 1) + [state]
+        rows.append(row)
+        states.append(row_states)
+    return Table(header, rows, header[:1], states=states)
+
+
+def _besides(results: Mapping[str, Any]) -> list[Block]:
+    """What the quality table does not count: controls, failed and refused samples."""
+    blocks: list[Block] = []
     if results["controls"]:
         rates = "; ".join(
             f"{table_label(c)}, {c['arm']}: {100 * c['false_positive_rate']:.1f} % of {c['n']}"
@@ -259,35 +334,50 @@ def _quality(results: Mapping[str, Any]) -> list[Block]:
         )
         rows = [(m["arm"], str(m["count"]), m["message"]) for m in errors["messages"]]
         blocks.append(Table(("arm", "times", "error"), rows, ("arm", "error")))
+    if results["refused"]["count"]:
+        refused = [(e["task"], f"{e['count']} of {e['of']}", e["reason"]) for e in results["refused"]["tasks"]]
+        blocks.append(Text(f"{results['refused']['count']} samples were refused: not run, and in no mean."))
+        blocks.append(Table(("task", "refused", "why (the first)"), refused, ("task", "why (the first)")))
     return blocks
 
 
-def _quality_table(rows: Sequence[Mapping[str, Any]], folded: str) -> Table:
+def _quality_table(rows: Sequence[Mapping[str, Any]], folded: str, names: tuple[str, str]) -> Table:
     failed = any(q["errors"] for q in rows)
     words = {"good": "as good", "unclear": "unclear", "bad": "worse"}
-    header = ["task", "length", "metric", "dense", "patched", "Δ", "95 % CI", "n", "win / tie / loss", "reading"]
-    table = []
+    header = ["task", "length", "metric", *names, "Δ", "95 % CI", "n", "win / tie / loss", "reading", "refused"]
+    table, states = [], []
     for q in rows:
         interval = f"[{signed(q['ci'][0], 3)}, {signed(q['ci'][1], 3)}]" if q["ci"] else NONE
         record = f"{q['win']} / {q['tie']} / {q['loss']}" if q["ci"] else NONE
         row = [table_label(q), "all" if q["length"] is None else tokens_text(q["length"]), q["metric"]]
         row += [_score(q["dense"]), _score(q["patched"])]
         row += [NONE if q["delta"] is None else signed(q["delta"], 3), interval, str(q["n"]), record]
-        row.append(words[reading(q)] + (", indicative" if q["indicative"] else "") if q["ci"] else NONE)
+        said = reading(q) if q["ci"] else ""
+        row.append(words[said] + (", indicative" if q["indicative"] else "") if said else NONE)
+        row.append(str(q["refused"]) if q["refused"] else NONE)
         if failed:
             row.append(f"{_score(q['dense_without_errors'])} / {_score(q['patched_without_errors'])}")
         table.append(row)
-    return _compact(header + ["dense / patched without failed"] * failed, table, ("task", "metric", "reading"), folded)
+        states.append(["", "", "", "", "", said, "", "", "", said, ""] + [""] * failed)
+    header += [f"{names[0]} / {names[1]} without failed"] * failed
+    return _compact(header, table, ("task", "metric", "reading"), folded, states)
 
 
 def _score(value: float | None) -> str:
     return NONE if value is None else f"{value:.3f}"
 
 
-def _compact(header: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[str], folded: str = "") -> Table:
+def _compact(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    words: Sequence[str],
+    folded: str = "",
+    states: Sequence[Sequence[str]] = (),
+) -> Table:
     """A table without the columns that have nothing in any row."""
     used = [i for i in range(len(header)) if any(row[i] not in (NONE, "") for row in rows)]
-    return Table([header[i] for i in used], [[row[i] for i in used] for row in rows], words, folded)
+    kept = [[[row[i] for i in used] for row in part] for part in (rows, states)]
+    return Table([header[i] for i in used], kept[0], words, folded, kept[1])
 
 
 def _fidelity(results: Mapping[str, Any], pictures: Mapping[str, Picture]) -> list[Block]:
@@ -302,7 +392,18 @@ def _fidelity(results: Mapping[str, Any], pictures: Mapping[str, Picture]) -> li
         for row in rows
     ]
     blocks: list[Block] = [Table(["length", "n", *metrics], table)]
-    return blocks + [pictures[name] for name in ("fidelity",) if name in pictures]
+    blocks += [pictures[name] for name in ("fidelity",) if name in pictures]
+    if along := results["fidelity"]["positions"]:
+        header = ["length", "from token", "n", "top-1 agreement", "KL to dense"]
+        stretches = [
+            [NONE if p["length"] is None else tokens_text(p["length"]), f"{p['start']:,}", str(p["n"])]
+            + [_significant(p["top1"]), _significant(p["kl"])]
+            for p in along
+        ]
+        folded = "Along positions" if len(stretches) > 16 else ""
+        blocks += [Text("Along positions: means over the places from one row's token to the next's.")] * (not folded)
+        blocks.append(_compact(header, stretches, (), folded))
+    return blocks
 
 
 def _significant(value: float | None, digits: int = 3) -> str:
@@ -314,22 +415,24 @@ def _significant(value: float | None, digits: int = 3) -> str:
     return f"{float(f'{value:.{digits}g}'):,.6f}".rstrip("0").rstrip(".").replace("-", "−")
 
 
-def _timing(results: Mapping[str, Any], pictures: Mapping[str, Picture]) -> list[Block]:
-    timing = results["timing"]
+def timing_blocks(
+    timing: Mapping[str, Any], pictures: Mapping[str, Picture], names: tuple[str, str] = ARMS
+) -> list[Block]:
+    """Times, break-even and memory. `names`: what the two arms are called."""
     blocks: list[Block] = []
     table = []
-    names = {"prefill": "prefill, ms", "decode": "decode, ms per token", "first_call": "first call, ms"}
-    for what, name in names.items():
+    kinds = {"prefill": "prefill, ms", "decode": "decode, ms per token", "first_call": "first call, ms"}
+    for what, name in kinds.items():
         for entry in timing[what]:
             row = [name, tokens_text(entry["length"])]
-            for arm in ("dense", "patched"):
+            for arm in ARMS:
                 times = entry[arm]
                 if times is None:
                     row += [NONE] * 3
                 else:
                     spread = f"{_decimal(times['q1'])} … {_decimal(times['q3'])}" if times["n"] > 3 else NONE
                     row += [_decimal(times["median"]), spread, _decimal(times["min"])]
-            row.append(" / ".join(str(entry[arm]["n"]) for arm in ("dense", "patched") if entry[arm]))
+            row.append(" / ".join(str(entry[arm]["n"]) for arm in ARMS if entry[arm]))
             row.append(speed_text(entry["ratio"]) if entry["ratio"] else NONE)
             row.append(NONE if entry["density"] is None else f"{100 * entry['density']:.1f} %")
             table.append([*row, entry["kernel"] or NONE])
@@ -338,25 +441,28 @@ def _timing(results: Mapping[str, Any], pictures: Mapping[str, Picture]) -> list
         where = " · ".join(
             str(v) for v in (about["device_name"] or about["device"], about["dtype"], f"batch {about['batch']}") if v
         )
-        blocks.append(Text(f"Dense is {about['baseline'] or 'the unpatched model'}, on {where}."))
-        header = ["what", "length", "dense", "IQR", "min", "patched", "IQR", "min", "n", "patched is", "kept", "kernel"]
-        blocks.append(_compact(header, table, ("what", "patched is", "kernel")))
+        dense = about["baseline"] or "the unpatched model"
+        blocks.append(Text(f"Dense is {dense}, on {where}." if names == ARMS else f"On {where}."))
+        is_ = f"{names[1]} is"
+        header = ["what", "length", names[0], "IQR", "min", names[1], "IQR", "min", "n", is_, "kept", "kernel"]
+        blocks.append(_compact(header, table, ("what", is_, "kernel")))
         found = {w: b["text"] for w, b in timing["break_even"].items() if timing[w] and b["text"] != "not measured"}
         if found:
-            blocks.append(Text("Break-even: " + "; ".join(f"{what}: {text}" for what, text in found.items()) + "."))
+            said = "; ".join(f"{what}: {text.replace('dense', names[0])}" for what, text in found.items())
+            blocks.append(Text(f"Break-even: {said}."))
     blocks += [pictures[name] for name in ("latency",) if name in pictures]
     if timing["memory"]:
-        blocks.append(_memory_table(timing["memory"]))
+        blocks.append(_memory_table(timing["memory"], names))
         blocks.append(Text("MB = 2²⁰ bytes. Peaks include the weights."))
     return blocks + [pictures[name] for name in ("memory",) if name in pictures]
 
 
-def _memory_table(entries: Sequence[Mapping[str, Any]]) -> Table:
+def _memory_table(entries: Sequence[Mapping[str, Any]], names: tuple[str, str]) -> Table:
     keys = ("weights_mb", "kv_mb", "peak_prefill_mb", "peak_decode_mb")
     table = []
     for entry in entries:
         dense, patched = entry["dense"], entry["patched"]
-        for arm, found in (("dense", dense), ("patched", patched)):
+        for arm, found in zip(names, (dense, patched), strict=True):
             if found:
                 table.append([tokens_text(entry["length"]), arm, *(_decimal(found[key]) for key in keys)])
         if dense and patched:
@@ -427,31 +533,37 @@ def _expect(results: Mapping[str, Any]) -> list[Block]:
     ]
 
 
-def _lost(results: Mapping[str, Any]) -> list[Block]:
-    lost = results["lost"]
-    if len([arm for arm, count in results["arms"].items() if count]) < 2 or not results["quality"]:
-        return []
+def _has_both(results: Mapping[str, Any]) -> bool:
+    return sum(count > 0 for count in results["arms"].values()) > 1 and bool(results["quality"])
+
+
+def lost_blocks(lost: Mapping[str, Any], names: tuple[str, str] = ARMS) -> list[Block]:
+    """Samples that the first arm had right and the second wrong, by table."""
     if not lost["count"]:
         return [Text("None.")]
-    rows = []
-    for sample in lost["top"]:
-        cell = dict(sample["cell"] or {})
-        place = [f"length {tokens_text(cell['length'])}"] if cell.get("length") else []
-        place += [f"depth {cell['depth']:g} %"] if cell.get("depth") is not None else []
-        where = ", ".join([sample["task"], *place, f"id {sample['id']}", f"seed {sample['seed']}"])
-        rows.append([where, sample["gold"], sample["dense"], sample["patched"]])
-    shown = "" if lost["count"] <= len(rows) else f" The {len(rows)} largest drops:"
-    plural = "sample" if lost["count"] == 1 else "samples"
-    header = ("sample", "expected answer", DENSE, "patched")
-    return [Text(f"{lost['count']} {plural}.{shown}"), Table(header, rows, header)]
+    blocks: list[Block] = []
+    for table in lost["tables"]:
+        items = []
+        for sample in table["top"]:
+            cell = dict(sample["cell"] or {})
+            place = [f"length {tokens_text(cell['length'])}"] if cell.get("length") else []
+            place += [f"depth {cell['depth']:g} %"] if cell.get("depth") is not None else []
+            where = ", ".join([*place, f"id {sample['id']}", f"seed {sample['seed']}"])
+            items.append((where, (sample["gold"], sample["dense"], sample["patched"])))
+        plural = "sample" if table["count"] == 1 else "samples"
+        shown = "" if table["count"] <= len(items) else f", the {len(items)} largest drops"
+        blocks.append(
+            Samples(f"{table_label(table)}: {table['count']} {plural}{shown}", ("expected answer", *names), items)
+        )
+    return blocks
 
 
 def _environment(results: Mapping[str, Any]) -> list[Block]:
-    rows = [[key, text] for key, text in _flat("", results["env"]) if text]
+    rows = [[key, text] for key, text in flat("", results["env"]) if text]
     return [Table(("key", "value"), rows, ("key", "value"), "env.json")] if rows else []
 
 
-def _flat(prefix: str, value: Any) -> list[tuple[str, str]]:
+def flat(prefix: str, value: Any) -> list[tuple[str, str]]:
     """Nested data as (dotted key, text); list entries go by their `name`, lists of plain values stay on one line."""
     if isinstance(value, Mapping):
         items = list(value.items())
@@ -460,4 +572,4 @@ def _flat(prefix: str, value: Any) -> list[tuple[str, str]]:
     else:
         text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
         return [(prefix, text)]
-    return [line for key, item in items for line in _flat(f"{prefix}.{key}" if prefix else str(key), item)]
+    return [line for key, item in items for line in flat(f"{prefix}.{key}" if prefix else str(key), item)]

@@ -9,17 +9,41 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from hfpatch.report.run import RunDir, sample_key
-from hfpatch.report.stats import INDICATIVE, paired_bootstrap, win_tie_loss
+from hfpatch.report.quality import (
+    DENSE,
+    Group,
+    Pair,
+    Part,
+    decisive,
+    either,
+    few_samples,
+    headline,
+    identity,
+    latest,
+    length_of,
+    lost_samples,
+    mean,
+    metrics_of,
+    named,
+    quality_rows,
+    quality_verdict,
+    rows_of,
+    score_of,
+    state_word,
+    tables_of,
+    unpaired,
+    was_refused,
+)
+from hfpatch.report.run import RunDir
+from hfpatch.report.words import patch_text, row_label, signed, speed_text, tokens_text
 
 SCHEMA = 1
-DENSE = "dense"
 CONTROL = "control"
 FIDELITY = "fidelity"
 PHASES = ("prefill", "extend", "decode")
@@ -35,18 +59,19 @@ def summarise(run: RunDir) -> Results:
     """
     recipe = run.recipe()
     # A sample that is there twice counts once, as last written. Sorted, because float sums depend on the order.
-    samples = list({sample_key(row): row for row in run.samples()}.values())
-    samples.sort(key=lambda row: json.dumps(sample_key(row), default=str))
-    bench = list({(r["arm"], r["what"], r["length"], r["repeat"]): r for r in run.bench()}.values())
+    samples = latest(run.samples())
+    bench = latest_bench(run.bench())
     layers = run.layers()
     env = run.env()
 
-    patched = _patched_arm([*samples, *bench])
-    fidelity_rows = [row for row in samples if row["task"] == FIDELITY and row["arm"] == (patched or DENSE)]
-    controls = [row for row in samples if row["task"] != FIDELITY and row["subtask"] == CONTROL]
+    patched = patched_arm([*samples, *bench])
+    ran = [row for row in samples if not was_refused(row)]
+    fidelity_rows = [row for row in ran if row["task"] == FIDELITY and row["arm"] == (patched or DENSE)]
+    controls = [row for row in ran if row["task"] != FIDELITY and row["subtask"] == CONTROL]
     scored = [row for row in samples if row["task"] != FIDELITY and row["subtask"] != CONTROL]
-    patched_rows = [row for row in samples if row["arm"] == patched]
-    quality, fidelity = _quality(scored, patched), _fidelity(fidelity_rows)
+    patched_rows = [row for row in ran if row["arm"] == patched]
+    tables = tables_of(scored, patched)
+    quality, fidelity = quality_rows(tables), _fidelity(fidelity_rows)
     results: Results = {
         "schema": SCHEMA,
         "name": run.name,
@@ -54,253 +79,138 @@ def summarise(run: RunDir) -> Results:
         "recipe": recipe,
         "model": str((recipe.get("model") or {}).get("id") or "model"),
         "patch": " + ".join(map(patch_text, recipe.get("patches") or [])) or DENSE,
-        "baseline": ", ".join(sorted({str(row["kernel"]) for row in samples if row["arm"] == DENSE and row["kernel"]})),
-        "arms": {arm: sum(row["arm"] == arm for row in samples) for arm in (DENSE, patched) if arm},
-        "unpaired": _unpaired([*scored, *controls], patched),
+        "baseline": ", ".join(sorted({str(row["kernel"]) for row in ran if row["arm"] == DENSE and row["kernel"]})),
+        "arms": {arm: sum(row["arm"] == arm for row in ran) for arm in (DENSE, patched) if arm},
+        "unpaired": unpaired([*tables, *tables_of(controls, patched)]),
         "quality": quality,
-        "heatmaps": _heatmaps(scored, patched),
-        "controls": _controls(controls, patched),
+        "heatmaps": _heatmaps(tables),
+        "controls": _controls(tables_of(controls, patched)),
         "fidelity": fidelity,
         "density": _density(recipe, patched_rows, layers),
         "kernels": _kernels(layers, patched_rows),
         "fallbacks": _fallbacks(patched_rows),
-        "errors": _errors(samples),
-        "lost": _lost(scored, patched),
+        "errors": _errors(ran),
+        "refused": _refused(samples),
+        "truncated": _truncated(ran),
+        "lost": lost_samples(tables),
         "expect": _expect(recipe.get("expect") or [], quality, fidelity, patched),
     }
     results["warnings"] = _warnings(results, env)
-    results["timing"] = _timing(bench, patched)
+    results["timing"] = timing_of(bench, patched)
     results["env"] = env
     return results
-
-
-def patch_text(patch: Row) -> str:
-    """One patch of a recipe on one line, e.g. `sa(window=512), layers 2:`."""
-    params = ", ".join(f"{k}={v}" for k, v in (patch.get("params") or {}).items())
-    places = [f", {k} {patch[k]}" for k in ("layers", "heads", "phase") if patch.get(k) is not None]
-    return f"{patch.get('use')}{f'({params})' if params else ''}{''.join(places)}"
 
 
 def verdict(results: Results) -> dict[str, str]:
     """The first line of the report: `state` (good | unclear | bad | none), the same as a `word`, and the `text`.
 
-    good: the 95 % interval stays within one point of dense or above, with at least 20 pairs. bad: it lies wholly
-    below. unclear: neither. With several tasks the worst decides, and is named first.
+    good: the 95 % interval stays within one point of dense or above (perplexity: one per cent), with at least 20
+    pairs. bad: it lies wholly on the worse side. unclear: neither. With several tasks the worst decides, and is named
+    first; subtasks count as their mean.
     """
-    overall = [q for q in results["quality"] if q["headline"] and q["overall"] and q["delta"] is not None]
-    severity = ("bad", "unclear", "good")
-    states = {id(q): "unclear" if q["indicative"] and reading(q) == "good" else reading(q) for q in overall}
-    overall.sort(key=lambda q: severity.index(states[id(q)]))
-    worst = states[id(overall[0])] if overall else "none"
-    parts = []
-    for q in overall:
-        low, high = (signed(100 * end, 1) for end in q["ci"])
-        few = ", indicative" if q["indicative"] else ""
-        delta = signed(100 * q["delta"], 1)
-        parts.append(f"{table_label(q)} {q['metric']} {delta} pts [{low}, {high}] (n={q['n']}{few})")
-    if len(parts) > 3:
-        parts[3:] = [f"{len(parts) - 3} more in the table"]
+    worst, parts = quality_verdict(results["quality"])
     for row in results["fidelity"]["rows"]:
-        if not overall and row["length"] is None and row["scores"].get("top1_agree") is not None:
+        if not parts and row["length"] is None and row["scores"].get("top1_agree") is not None:
             parts.append(f"top-1 agreement with dense {100 * row['scores']['top1_agree']:.1f} %")
-    parts += _speed_parts(results["timing"])
+    parts += speed_parts(results["timing"])
     kept, asked = results["density"]["prefill"], results["density"]["asked"]
     if kept is not None:
         parts.append(f"keeps {100 * kept:.1f} % in prefill" + (f" (asked {100 * asked:.1f} %)" if asked else ""))
-    words = {
-        "good": "as good as dense",
-        "unclear": "no clear difference from dense",
-        "bad": "worse than dense",
-        "none": "quality not compared",
-    }
     only = [arm for arm in results["arms"] if results["arms"][arm]]
     if worst == "none" and only == [DENSE]:
-        means = [q for q in results["quality"] if q["headline"] and q["overall"]]
-        parts = [f"{table_label(q)} {q['metric']} {q['dense']:.3f} (n={q['n']})" for q in means] + parts
+        means = [q for q in decisive(results["quality"]) if q["dense"] is not None]
+        parts = [f"{row_label(q)} {q['dense']:.3f} (n={q['n']})" for q in means] + parts
         return {"state": "none", "word": "dense only", "text": "; ".join(parts)}
-    return {"state": worst, "word": words[worst], "text": "; ".join(parts) or "nothing measured yet"}
+    return {"state": worst, "word": state_word(worst), "text": "; ".join(parts) or "nothing measured yet"}
 
 
-def reading(row: Row) -> str:
-    """What the interval of a quality row says: good, unclear or bad, see `verdict`."""
-    low, high = row["ci"]
-    # What neither arm can do says nothing about the patch.
-    if not row["dense"] and not row["patched"]:
-        return "unclear"
-    return "good" if low >= -0.01 else "bad" if high < 0 else "unclear"
+def latest_bench(rows: Sequence[Row]) -> list[Row]:
+    """Bench rows, each repeat once, as last written."""
+    return list({(row["arm"], row["what"], row["length"], row["repeat"]): row for row in rows}.values())
 
 
-def signed(value: float, digits: int) -> str:
-    """`value` with a real minus sign, or a plus; zero after rounding has neither."""
-    text = f"{abs(value):.{digits}f}"
-    return text if float(text) == 0 else ("−" if value < 0 else "+") + text
-
-
-def speed_text(ratio: float) -> str:
-    """A ratio dense / patched of times in words."""
-    if abs(math.log(ratio)) < math.log(1.03):
-        return "about equal"
-    return f"{ratio:.2f}× faster" if ratio > 1 else f"{1 / ratio:.2f}× slower"
-
-
-def tokens_text(length: float) -> str:
-    """A token count as people say it: 4096 → 4k, 1500 → 1,500, 6300.4 → 6,300."""
-    return f"{int(length) // 1024}k" if length >= 1024 and length % 1024 == 0 else f"{round(length):,}"
-
-
-# Rows ---------------------------------------------------------------------------------------------------------------
-
-
-def _patched_arm(rows: Sequence[Row]) -> str | None:
+def patched_arm(rows: Sequence[Row]) -> str | None:
     others = sorted({row["arm"] for row in rows} - {DENSE})
     return "patched" if "patched" in others else next(iter(others), None)
-
-
-def _length(row: Row) -> Any:
-    return (row["cell"] or {}).get("length")
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    """Mean of what is not None."""
-    found = [v for v in values if v is not None]
-    return sum(found) / len(found) if found else None
-
-
-def _score(row: Row, metric: str) -> float:
-    """A failed sample, or one without the metric, scores 0."""
-    value = None if row["error"] else (row["scores"] or {}).get(metric)
-    return 0.0 if value is None else float(value)
-
-
-def _metrics(rows: Sequence[Row]) -> list[str]:
-    """All metrics of these rows, the headline first."""
-    return list(dict.fromkeys(m for row in rows for m in row["scores"] or {})) or ["score"]
-
-
-def _tables(rows: Sequence[Row]) -> list[tuple[dict[str, Any], list[Row]]]:
-    """Rows that belong into one table, under its task, subtask and what else the cells say besides length and depth."""
-    groups: dict[str, tuple[dict[str, Any], list[Row]]] = {}
-    for row in rows:
-        setting = {k: v for k, v in (row["cell"] or {}).items() if k not in ("length", "depth")}
-        about = {"task": row["task"], "subtask": row["subtask"], "setting": setting}
-        groups.setdefault(json.dumps(about, sort_keys=True), (about, []))[1].append(row)
-    return [group for _, group in sorted(groups.items())]
-
-
-def table_label(about: Row) -> str:
-    """The name of a table, e.g. `niah/number haystack=essays`."""
-    subtask = f"/{about['subtask']}" if about["subtask"] else ""
-    setting = [f" {k}={v}" for k, v in about["setting"].items() if v != about["subtask"]]
-    return f"{about['task']}{subtask}{''.join(setting)}"
-
-
-def _paired(rows: Sequence[Row], patched: str | None) -> list[tuple[Row, Row]]:
-    """(dense, patched) rows of the same sample."""
-    dense = {_identity(row): row for row in rows if row["arm"] == DENSE}
-    return [(dense[i], row) for row in rows if row["arm"] == patched and (i := _identity(row)) in dense]
-
-
-def _unpaired(rows: Sequence[Row], patched: str | None) -> int:
-    """Samples that only one of the two arms has, 0 if there is only one arm."""
-    if len({row["arm"] for row in rows}) < 2:
-        return 0
-    return len(rows) - 2 * len(_paired(rows, patched))
-
-
-def _identity(row: Row) -> tuple[Any, ...]:
-    return *sample_key(row)[1:], row["subtask"]
 
 
 # Sections -----------------------------------------------------------------------------------------------------------
 
 
-def _quality(rows: Sequence[Row], patched: str | None) -> list[dict[str, Any]]:
-    table = []
-    for table_of, group in _tables(rows):
-        lengths = sorted({length for row in group if (length := _length(row)) is not None})
-        for number, metric in enumerate(_metrics(group)):
-            about = table_of | {"metric": metric, "headline": number == 0}
-            # One length is its own overall.
-            for length in [*lengths, None] if len(lengths) != 1 else lengths:
-                part = [row for row in group if length is None or _length(row) == length]
-                overall = length is None or len(lengths) == 1
-                table.append(about | {"length": length, "overall": overall} | _compare(part, patched, metric))
-    return table
-
-
-def _compare(rows: Sequence[Row], patched: str | None, metric: str) -> dict[str, Any]:
-    """Means over the paired samples if both arms ran, else over those of the only arm."""
-    arms = {arm: [row for row in rows if row["arm"] == arm] for arm in (DENSE, patched)}
-    paired = bool(arms[DENSE] and arms[patched])
-    if paired:
-        pairs = _paired(rows, patched)
-        arms = {DENSE: [a for a, _ in pairs], patched: [b for _, b in pairs]}
-    dense, other = ([_score(row, metric) for row in arms[arm]] for arm in (DENSE, patched))
-    n = max(len(dense), len(other))
-    out: dict[str, Any] = {"n": n, "dense": _mean(dense), "patched": _mean(other)}
-    out |= {"delta": None, "ci": None, "win": None, "tie": None, "loss": None, "indicative": n < INDICATIVE}
-    if paired and n:
-        delta, low, high = paired_bootstrap(dense, other)
-        out |= {"delta": delta, "ci": [low, high]} | dict(
-            zip(("win", "tie", "loss"), win_tie_loss(dense, other), strict=True)
-        )
-    out["errors"] = sum(bool(row["error"]) for part in arms.values() for row in part)
-    for name, arm in (("dense", DENSE), ("patched", patched)):
-        out[f"{name}_without_errors"] = _mean(_score(row, metric) for row in arms[arm] if not row["error"])
-    return out
-
-
-def _heatmaps(rows: Sequence[Row], patched: str | None) -> list[dict[str, Any]]:
+def _heatmaps(tables: Sequence[Group]) -> list[dict[str, Any]]:
     """One per task and subtask whose cells have a length and a depth."""
     maps = []
-    placed = [row for row in rows if _length(row) is not None and row["cell"].get("depth") is not None]
-    for about, group in _tables(placed):
-        metric = _metrics(group)[0]
-        places: dict[tuple[Any, Any], list[Row]] = defaultdict(list)
-        for row in group:
-            places[_length(row), row["cell"]["depth"]].append(row)
+    for about, pairs in tables:
+        places: dict[tuple[Any, Any], list[Pair]] = defaultdict(list)
+        for pair in pairs:
+            cell = either(pair)["cell"] or {}
+            if cell.get("length") is not None and cell.get("depth") is not None:
+                places[cell["length"], cell["depth"]].append(pair)
+        if not places:
+            continue
+        metric = headline(pairs)
+        if metric in (either(pairs[0]).get("lower_is_better") or ()):
+            # the colours are those of scores from 0 to 1
+            continue
         cells = []
-        for (length, depth), part in sorted(places.items()):
-            compared = _compare(part, patched, metric)
+        for (length, depth), found in sorted(places.items()):
+            part = Part.of(found, metric, lower=False)
+            dense, patched = mean(part.dense), mean(part.patched)
             cells.append(
                 {
                     "length": length,
                     "depth": depth,
-                    "prompt_tokens": _mean(row["prompt_tokens"] for row in part),
-                    "n": compared["n"],
-                    "dense": compared["dense"],
-                    "patched": compared["patched"],
-                    "difference": compared["delta"],
+                    "prompt_tokens": mean(row["prompt_tokens"] for row in rows_of(found)),
+                    "n": part.n,
+                    "dense": dense,
+                    "patched": patched,
+                    "difference": None if dense is None or patched is None else patched - dense,
                 }
             )
         maps.append(about | {"metric": metric, "cells": cells})
     return maps
 
 
-def _controls(rows: Sequence[Row], patched: str | None) -> list[dict[str, Any]]:
+def _controls(tables: Sequence[Group]) -> list[dict[str, Any]]:
     """How often the answer "was found" in a prompt without it: its headline metric over the samples that ran."""
-    table = []
-    for about, group in _tables(rows):
-        metric = _metrics(group)[0]
-        for arm in (DENSE, patched):
-            ran = [_score(row, metric) for row in group if row["arm"] == arm and not row["error"]]
-            if ran:
-                table.append(about | {"arm": arm, "n": len(ran), "false_positive_rate": _mean(ran)})
-    return table
+    rates = []
+    for about, pairs in tables:
+        metric = headline(pairs)
+        for side in (0, 1):
+            rows = [row for pair in pairs if (row := pair[side]) is not None and not row["error"]]
+            if rows:
+                rate = mean(score_of(row, metric) for row in rows)
+                rates.append(about | {"arm": rows[0]["arm"], "n": len(rows), "false_positive_rate": rate})
+    return rates
 
 
 def _fidelity(rows: Sequence[Row]) -> dict[str, Any]:
     ran = [row for row in rows if not row["error"]]
-    lengths = sorted({length for row in ran if (length := _length(row)) is not None})
+    lengths = sorted({length for row in ran if (length := length_of(row)) is not None})
     table = []
     for length in [*lengths, None] if ran else []:
-        part = [row for row in ran if length is None or _length(row) == length]
-        scores = {m: _mean((row["scores"] or {}).get(m) for row in part) for m in _metrics(part)}
+        part = [row for row in ran if length is None or length_of(row) == length]
+        scores = {m: mean((row["scores"] or {}).get(m) for row in part) for m in metrics_of(part)}
         table.append({"length": length, "n": len(part), "scores": scores})
     per_layer = [c for row in ran if (c := (row.get("per_layer") or {}).get("attn_cosine"))]
     depth = max(map(len, per_layer), default=0)
-    cosine = [_mean(c[layer] for c in per_layer if layer < len(c)) for layer in range(depth)]
-    return {"rows": table, "attn_cosine": cosine}
+    cosine = [mean(c[layer] for c in per_layer if layer < len(c)) for layer in range(depth)]
+    lower = sorted({m for row in ran for m in row.get("lower_is_better") or ()})
+    return {"rows": table, "attn_cosine": cosine, "positions": _positions(ran), "lower_is_better": lower}
+
+
+def _positions(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Agreement with dense along the text: means over the samples of a length, by the first token of each stretch."""
+    found: dict[tuple[Any, int], list[tuple[float | None, float | None]]] = defaultdict(list)
+    for row in rows:
+        along = row.get("per_position") or {"start": (), "top1": (), "kl": ()}
+        for start, top1, kl in zip(along["start"], along["top1"], along["kl"], strict=True):
+            found[length_of(row), start].append((top1, kl))
+    return [
+        {"length": length, "start": start, "n": len(values)}
+        | {"top1": mean(top1 for top1, _ in values), "kl": mean(kl for _, kl in values)}
+        for (length, start), values in sorted(found.items(), key=lambda item: (item[0][0] or 0, item[0][1]))
+    ]
 
 
 def _density(recipe: Row, rows: Sequence[Row], layers: Sequence[Row]) -> dict[str, Any]:
@@ -312,15 +222,15 @@ def _density(recipe: Row, rows: Sequence[Row], layers: Sequence[Row]) -> dict[st
         if row["density"] is not None and row["calls"]:
             calls[_phase(row), row["phase"], row["layer"]].append((row["density"], row["calls"]))
     by_length = []
-    lengths = sorted({length for row in rows if (length := _length(row)) is not None})
+    lengths = sorted({length for row in rows if (length := length_of(row)) is not None})
     for length in lengths:
-        part = [row for row in rows if _length(row) == length]
-        both = {phase: _mean(row[f"density_{phase}"] for row in part) for phase in ("prefill", "decode")}
+        part = [row for row in rows if length_of(row) == length]
+        both = {phase: mean(row[f"density_{phase}"] for row in part) for phase in ("prefill", "decode")}
         by_length.append({"length": length} | both)
     return {
         "asked": keeps[0] if len(keeps) == 1 else None,
-        "prefill": _mean(row["density_prefill"] for row in rows),
-        "decode": _mean(row["density_decode"] for row in rows),
+        "prefill": mean(row["density_prefill"] for row in rows),
+        "decode": mean(row["density_decode"] for row in rows),
         "by_length": by_length,
         "layers": [
             {"layer": layer, "phase": phase, "density": sum(d * n for d, n in part) / sum(n for _, n in part)}
@@ -391,52 +301,44 @@ def _errors(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _lost(rows: Sequence[Row], patched: str | None) -> dict[str, Any]:
-    """Samples that dense had right (score ≥ 0.5) and the patch wrong, the largest drops first."""
-    lost = []
-    for _, group in _tables(rows):
-        metric = _metrics(group)[0]
-        for dense, other in _paired(group, patched):
-            before, after = _score(dense, metric), _score(other, metric)
-            if before >= 0.5 > after:
-                lost.append((after - before, dense, other))
-    lost.sort(key=lambda item: item[0])
-    top = [
-        {
-            "task": dense["task"],
-            "subtask": dense["subtask"],
-            "cell": dense["cell"],
-            "id": dense["id"],
-            "seed": dense["seed"],
-            "gold": _shorten(dense["answer_gold"]),
-            "dense": _shorten(dense["output"]),
-            "patched": _shorten(other["error"] or other["output"]),
-            "change": change,
-        }
-        for change, dense, other in lost[:10]
+def _refused(rows: Sequence[Row]) -> dict[str, Any]:
+    """Samples that were not run, by task; `reason` is that of the first."""
+    tasks: dict[str, dict[Any, str]] = defaultdict(dict)
+    for row in rows:
+        if was_refused(row):
+            tasks[row["task"]].setdefault(identity(row), str(row["error"]).removeprefix("refused:").strip())
+    of = _count_samples(rows)
+    listed = [
+        {"task": task, "count": len(found), "of": of[task], "reason": next(iter(found.values()))}
+        for task, found in sorted(tasks.items())
     ]
-    return {"count": len(lost), "top": top}
+    return {"count": sum(entry["count"] for entry in listed), "tasks": listed}
 
 
-def _shorten(value: Any, limit: int = 200) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def _truncated(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """How many prompts a task's rule has cut."""
+    cut, of = _count_samples([row for row in rows if row.get("truncated")]), _count_samples(rows)
+    return [{"task": task, "count": count, "of": of[task]} for task, count in sorted(cut.items())]
+
+
+def _count_samples(rows: Sequence[Row]) -> dict[str, int]:
+    """Samples of each task, whatever arms they ran in."""
+    found: dict[str, set[Any]] = defaultdict(set)
+    for row in rows:
+        found[row["task"]].add(identity(row))
+    return {task: len(samples) for task, samples in found.items()}
 
 
 def _expect(wanted: Sequence[Row], quality: Sequence[Row], fidelity: Row, patched: str | None) -> list[dict[str, Any]]:
-    """Ours beside theirs. `metric` is task.metric or task.subtask.metric, of the patched arm, over all lengths."""
+    """Ours beside theirs. `metric` as in `named`, of the patched arm, or `fidelity.metric`."""
     table = []
     for want in wanted:
-        task, *subtask, metric = str(want["metric"]).split(".")
+        task, _, metric = str(want["metric"]).partition(".")
         if task == FIDELITY:
             found = [row["scores"].get(metric) for row in fidelity["rows"] if row["length"] is None]
         else:
-            found = [
-                q["patched" if patched else "dense"]
-                for q in quality
-                if (q["task"], q["metric"], q["overall"]) == (task, metric, True) and subtask in ([], [q["subtask"]])
-            ]
-        ours, value, tol = _mean(found), want["value"], want.get("tol")
+            found = [q["patched" if patched else "dense"] for q in named(quality, str(want["metric"]))]
+        ours, value, tol = mean(found), want["value"], want.get("tol")
         difference = None if ours is None else ours - value
         # 0.97 is within 0.98 ± 0.01, whatever binary fractions make of it.
         within = None if difference is None or tol is None else abs(difference) <= tol + 1e-9
@@ -449,12 +351,22 @@ def _expect(wanted: Sequence[Row], quality: Sequence[Row], fidelity: Row, patche
 
 def _warnings(results: Results, env: Row) -> list[str]:
     notes = [str(note) for note in env.get("notes") or []]
-    if few := {table_label(q) for q in results["quality"] if q["indicative"] and q["headline"]}:
-        notes.append(f"Rows with fewer than {INDICATIVE} samples are only indicative: {', '.join(sorted(few))}.")
+    if few := few_samples(results["quality"]):
+        notes.append(few)
     if results["unpaired"]:
         notes.append(f"The run is unfinished: {results['unpaired']} samples of one arm only are left out.")
     if count := results["errors"]["count"]:
         notes.append(f"{count} of {results['errors']['of']} samples failed and score 0 in the headline.")
+        if any(q["errors"] and q["lower_is_better"] for q in results["quality"]):
+            notes.append("Where less is better, failed samples are left out instead.")
+    for entry in results["refused"]["tasks"]:
+        many = "" if entry["count"] == 1 else " and the like"
+        notes.append(
+            f"{entry['task']}: {entry['count']} of {entry['of']} samples refused, not run and in no mean: "
+            f"{entry['reason']}{many}."
+        )
+    for entry in results["truncated"]:
+        notes.append(f"{entry['task']}: {entry['count']} of {entry['of']} prompts were cut in the middle to fit.")
     if results["fallbacks"]:
         notes.append(f"{sum(results['fallbacks'].values())} calls fell back to another kernel or to dense.")
     return notes
@@ -463,7 +375,7 @@ def _warnings(results: Results, env: Row) -> list[str]:
 # Timing -------------------------------------------------------------------------------------------------------------
 
 
-def _timing(rows: Sequence[Row], patched: str | None) -> Results:
+def timing_of(rows: Sequence[Row], patched: str | None) -> Results:
     """Medians of the bench rows per length. `ratio` is dense / patched: above 1 the patch is faster or smaller."""
     first = next((row for row in rows if row["arm"] == patched), next(iter(rows), None))
     keys = ("device", "device_name", "dtype", "threads", "batch", "baseline", "seed")
@@ -474,12 +386,12 @@ def _timing(rows: Sequence[Row], patched: str | None) -> Results:
     for what in ("prefill", "decode", "first_call"):
         table = []
         of_what = [row for row in rows if row["what"] == what and row["ms"] is not None]
-        for length, group in _by_length(of_what):
+        for length, group in _lengths(of_what):
             entry: dict[str, Any] = {"length": length}
             for name, arm in (("dense", DENSE), ("patched", patched)):
                 entry[name] = _spread([row["ms"] for row in group if row["arm"] == arm])
             entry["ratio"] = _ratio(entry["dense"], entry["patched"], "median")
-            entry["density"] = _mean(row["density"] for row in group if row["arm"] == patched)
+            entry["density"] = mean(row["density"] for row in group if row["arm"] == patched)
             entry["kernel"] = ", ".join(
                 sorted({str(r["kernel"]) for r in group if r["arm"] == patched and r["kernel"]})
             )
@@ -493,13 +405,13 @@ def _timing(rows: Sequence[Row], patched: str | None) -> Results:
             name: _memory([row for row in group if row["arm"] == arm])
             for name, arm in (("dense", DENSE), ("patched", patched))
         }
-        for length, group in _by_length([row for row in rows if row["what"] == "memory"])
+        for length, group in _lengths([row for row in rows if row["what"] == "memory"])
     ]
     timing["notes"] = _timing_notes(timing)
     return timing
 
 
-def _by_length(rows: Sequence[Row]) -> list[tuple[int, list[Row]]]:
+def _lengths(rows: Sequence[Row]) -> list[tuple[int, list[Row]]]:
     groups: dict[int, list[Row]] = defaultdict(list)
     for row in rows:
         groups[row["length"]].append(row)
@@ -520,7 +432,7 @@ def _ratio(dense: Row | None, patched: Row | None, key: str) -> float | None:
 
 def _memory(rows: Sequence[Row]) -> dict[str, float | None] | None:
     keys = ("weights_mb", "kv_mb", "peak_prefill_mb", "peak_decode_mb")
-    return {key: _mean(row[key] for row in rows) for key in keys} if rows else None
+    return {key: mean(row[key] for row in rows) for key in keys} if rows else None
 
 
 def _break_even(points: Sequence[tuple[float, float]]) -> dict[str, Any]:
@@ -569,7 +481,7 @@ def _memory_change(entry: Row, key: str) -> float | None:
     return None if ratio is None else ratio - 1
 
 
-def _speed_parts(timing: Results) -> list[str]:
+def speed_parts(timing: Results) -> list[str]:
     """Speed at the longest measured length, with the baseline's name, and what memory changed by over 1 %."""
     parts, about = [], timing["circumstances"]
     for what in ("prefill", "decode"):
