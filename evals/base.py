@@ -20,6 +20,7 @@ __all__ = [
     "Outcome",
     "Sample",
     "Task",
+    "depths_of",
     "option",
     "prompt_sha",
     "register_task",
@@ -179,6 +180,25 @@ def token_counts(where: str, value: Any) -> tuple[int, ...]:
     if not counts:
         raise ConfigError(f"{where} is empty. Give at least one number of tokens, for example 4k.")
     return tuple(sorted(set(counts)))
+
+
+def depths_of(where: str, value: Any) -> tuple[float, ...]:
+    """`"0:100:10"` (stop included), `"0,50,100"`, a number or a list of numbers as ascending depths in per cent."""
+    try:
+        if isinstance(value, str) and ":" in value:
+            start, stop, step = (float(part) for part in value.split(":"))
+            parts = [start + n * step for n in range(int((stop - start) / step + 1e-9) + 1)]
+        else:
+            items = value.split(",") if isinstance(value, str) else value if isinstance(value, tuple) else (value,)
+            parts = [float(item) for item in items]
+    except (ValueError, TypeError, ZeroDivisionError):
+        parts = []
+    if not parts or not all(0 <= part <= 100 for part in parts):
+        raise ConfigError(
+            f"{where}={value!r} gives no depths in 0 ... 100 per cent. Write start:stop:step like 0:100:10, or a list "
+            "like [0, 50, 100]."
+        )
+    return tuple(sorted({round(part, 3) for part in parts}))
 
 
 def prompt_sha(sample: Sample) -> str:

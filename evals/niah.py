@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hfpatch.errors import ConfigError
 from hfpatch.evals import filler, haystack, prompts, scoring
-from hfpatch.evals.base import Cell, Sample, Task, option, register_task, token_counts
+from hfpatch.evals.base import Cell, Sample, Task, depths_of, option, register_task, token_counts
 
 _CITY = "eat a sandwich and sit in Dolores Park on a sunny day"
 # without these an answer has missed the needle; the sunny day is left out by good short answers too
@@ -61,7 +60,7 @@ class Niah(Task):
 
     def check(self) -> None:
         self.put("lengths", token_counts("niah: lengths", self.lengths))
-        self.put("depths", _depths(self.depths))
+        self.put("depths", depths_of("niah: depths", self.depths))
         self.put("chat_template", prompts.template_mode(self.chat_template))
         haystack.prepare(self.haystack)
 
@@ -133,22 +132,3 @@ def _city() -> Needle:
         question="What is the best thing to do in San Francisco? Answer from the text above and from nothing else.",
         system="You answer questions about a text. Keep the answer short and direct.",
     )
-
-
-def _depths(value: Any) -> tuple[float, ...]:
-    """`"0:100:10"`, `"0,50,100"`, a number or a list of numbers as ascending depths in per cent."""
-    try:
-        if isinstance(value, str) and ":" in value:
-            start, stop, step = (float(part) for part in value.split(":"))
-            parts = [start + n * step for n in range(int((stop - start) / step + 1e-9) + 1)]
-        else:
-            items = value.split(",") if isinstance(value, str) else value if isinstance(value, tuple) else (value,)
-            parts = [float(item) for item in items]
-    except (ValueError, TypeError, ZeroDivisionError):
-        parts = []
-    if not parts or not all(0 <= part <= 100 for part in parts):
-        raise ConfigError(
-            f"niah: depths={value!r} gives no depths in 0 ... 100 per cent. Write start:stop:step like 0:100:10, "
-            "or a list like [0, 50, 100]."
-        )
-    return tuple(sorted({round(part, 3) for part in parts}))

