@@ -3,6 +3,6 @@
 Importing this package registers the tasks named below.
 """
 
-from hfpatch.evals import fidelity, niah
+from hfpatch.evals import babilong, fidelity, infinitebench, longbench, niah, perplexity, retrieval, ruler
 
-__all__ = ["fidelity", "niah"]
+__all__ = ["babilong", "fidelity", "infinitebench", "longbench", "niah", "perplexity", "retrieval", "ruler"]
