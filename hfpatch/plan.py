@@ -28,7 +28,7 @@ class Plan(Protocol):
         ...
 
     def keeps_all(self, call: AttentionCall) -> bool:
-        """True where the plan is known, from shapes alone, to keep every permitted pair."""
+        """True where the plan is known, from shapes alone, to keep every permitted pair: then the model's own runs."""
         ...
 
 
@@ -45,7 +45,13 @@ def visible(call: AttentionCall, plan: Plan) -> Tensor:
 
 @dataclass(frozen=True)
 class Dense:
-    """Everything that the model permits."""
+    """Everything that the model permits.
+
+    Attributes:
+        fastest: run the fastest kernel that there is for it; else the model's own attention runs.
+    """
+
+    fastest: bool = False
 
     def mask(self, call: AttentionCall) -> Tensor:
         return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=call.query.device)
@@ -54,7 +60,7 @@ class Dense:
         return 1.0
 
     def keeps_all(self, call: AttentionCall) -> bool:
-        return True
+        return not self.fastest
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from hfpatch.plan import Blocks, Dense, Permuted, Window
 SHAPES = [(1, 1, 1, 64, 64, 64), (2, 8, 2, 63, 63, 64), (1, 8, 1, 127, 127, 80), (1, 4, 4, 40, 111, 96),
           (2, 6, 2, 1, 65, 128), (1, 2, 1, 65, 300, 256), (1, 4, 2, 1, 1, 64), (1, 14, 2, 200, 200, 64)]  # fmt: skip
 PLANS = ["window", "window-no-sink", "window-wide", "blocks-kv", "blocks-q", "blocks-one", "columns", "permuted",
-         "permuted-pure", "permuted-ring", "dense"]  # fmt: skip
+         "permuted-pure", "permuted-ring", "dense", "dense-fastest"]  # fmt: skip
 
 
 def call_of(shape, dtype, **rest):
@@ -69,6 +69,7 @@ def plan_of(name, call):
         "permuted-pure": lambda: Permuted(order, 12, 0),
         "permuted-ring": lambda: Permuted(order, 9, 14, local=3, sink=1, circular=True),
         "dense": Dense,
+        "dense-fastest": lambda: Dense(fastest=True),
     }[name]()
 
 
@@ -92,7 +93,10 @@ def assert_as_accurate_as_eager(got, call, plan):
 @pytest.mark.parametrize("extra", ["plain", "softcap", "sinks", "padding"])
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("shape", SHAPES, ids="B{0[0]}-H{0[1]}-Hkv{0[2]}-q{0[3]}-kv{0[4]}-d{0[5]}".format)
-def test_cpu_kernels_are_as_accurate_as_eager(shape, name, extra, need_lse, dtype):
+def test_cpu_kernels_are_as_accurate_as_eager(shape, name, extra, need_lse, dtype, monkeypatch):
+    monkeypatch.setattr(cpu_blocks, "_race", lambda *_: True)
+    # two heads or one at a time, too
+    monkeypatch.setattr(cpu_blocks, "_SCORES", 1 << 15)
     call = call_of(shape, dtype, need_lse=need_lse)
     if extra == "softcap":
         call = replace(call, softcap=3.0)
@@ -179,6 +183,20 @@ def test_long_sparse_plans_go_to_the_block_kernel_and_say_why():
     assert set(choice.refused) == {"triton_blocks", "flash"} and all(choice.refused.values())
     short = choose(replace(call, query=call.query[:, :, -1:]), Window(4, 64))
     assert short.name == "sdpa"
+
+
+def test_dense_takes_the_winner_of_the_race(monkeypatch):
+    call = call_of((1, 4, 2, 1024, 1024, 64), torch.bfloat16)
+    raced = []
+    monkeypatch.setattr(cpu_blocks, "_race", lambda *shape: raced.append(shape) or len(raced) == 1)
+    assert choose(call, Dense(fastest=True)).name == "cpu_blocks"
+    lost = choose(call, Dense(fastest=True))
+    assert lost.name == "sdpa" and "measured" in lost.refused["cpu_blocks"]
+    assert raced[0] == (1024, 4, 2, 64, torch.bfloat16, torch.get_num_threads())
+    # the model's own attention is not second-guessed
+    assert choose(call, Dense()).name == "sdpa" and len(raced) == 2
+    monkeypatch.undo()
+    assert isinstance(cpu_blocks._race(128, 4, 2, 64, torch.bfloat16, 1), bool)
 
 
 def test_a_named_kernel_runs_or_raises():

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -23,23 +24,61 @@ import torch
 from torch import Tensor
 
 from hfpatch.call import AttentionCall
-from hfpatch.kernels import merge
+from hfpatch.kernels import merge, sdpa
 from hfpatch.plan import Blocks, Dense, Permuted, Plan, Window
 
 # Rows of a score matrix for which one core's matmul is near its best rate.
 _ROWS = 896
+# Bytes of scores that one core works on at once: more would leave its cache between the two matmuls.
+_SCORES = 5 << 19
+# Longer dense prompts are as fast per pair as this, and the race should stay short.
+_RACED_TOKENS = 4096
 
 
 def why_not(call: AttentionCall, plan: Plan) -> str | None:
     if call.query.device.type != "cpu":
         return "for tensors on the CPU"
-    if isinstance(plan, Dense):
+    if isinstance(plan, Dense) and not plan.fastest:
         return "for sparse plans"
     if call.mask is not None and (call.mask.ndim == 4 or not isinstance(plan, Blocks)):
         return "takes padding masks with block lists only, and no 4-D masks"
     if torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value)):
         return "forward only, and gradients were asked for"
+    if isinstance(plan, Dense) and not _beats_sdpa(call):
+        return "torch's SDPA is faster for dense attention of this shape on this machine (measured)"
     return None
+
+
+def _beats_sdpa(call: AttentionCall) -> bool:
+    """Whether dense attention is faster here than in SDPA; raced once per shape, on random data."""
+    if call.softcap is not None or call.sinks is not None:
+        # SDPA has neither, so that the model's own attention is the slow eager one
+        return True
+    tokens = min(1 << (call.q_len.bit_length() - 1), _RACED_TOKENS)
+    heads, kv_heads, dim = call.query.shape[1], call.key.shape[1], call.query.shape[-1]
+    return _race(tokens, heads, kv_heads, dim, call.query.dtype, torch.get_num_threads())
+
+
+@lru_cache(maxsize=64)
+def _race(tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, threads: int) -> bool:
+    """`threads` is part of the key only: the race runs with as many as torch has now."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, n, tokens, dim, generator=generator).to(dtype) for n in (heads, kv_heads, kv_heads)
+    )
+    call = AttentionCall(query, key, value, scaling=dim**-0.5)
+    racers: dict[str, Callable[[], object]] = {
+        "sdpa": lambda: sdpa.run(call, Dense()),
+        "ours": lambda: run(call, Dense(fastest=True)),
+    }
+    times = dict.fromkeys(racers, float("inf"))
+    with torch.no_grad():
+        for _ in range(3):
+            for name, racer in racers.items():
+                start = time.perf_counter()
+                racer()
+                times[name] = min(times[name], time.perf_counter() - start)
+    return times["ours"] < times["sdpa"]
 
 
 def run(call: AttentionCall, plan: Plan) -> tuple[Tensor, Tensor | None]:
@@ -48,6 +87,8 @@ def run(call: AttentionCall, plan: Plan) -> tuple[Tensor, Tensor | None]:
         return _run_permuted(call, plan)
     out = _empty_output(call)
     lse = torch.empty(call.query.shape[:-1]) if call.need_lse else None
+    if isinstance(plan, Dense):
+        plan = Window(0, call.kv_len)
     if isinstance(plan, Window):
         _run_tasks(list(_window_tasks(call, plan)), call, out, lse)
     else:
@@ -305,8 +346,6 @@ def _compute(
     """softmax(Q K^T) V of one task, into its place in `out` and `lse`."""
     dtype, dim = call.query.dtype, call.query.shape[-1]
     count, columns = task.size
-    groups = task.heads.stop - task.heads.start
-    rows = groups * count
     if columns == 0:
         out[task.row, task.heads, task.queries] = 0
         if lse is not None:
@@ -314,33 +353,41 @@ def _compute(
             lse[task.row, task.heads, task.queries] = empty
         return
     kv_head = task.heads.start // call.num_key_value_groups
-    query = take("query", rows, dim, dtype)
-    query.view(groups, count, dim).copy_(call.query[task.row, task.heads, task.queries])
     key, value = call.key[task.row, kv_head], call.value[task.row, kv_head]
     if isinstance(task.keys, slice):
         key, value = key[task.keys], value[task.keys]
     else:
         key = torch.index_select(key, 0, task.keys, out=take("key", columns, dim, dtype))
         value = torch.index_select(value, 0, task.keys, out=take("value", columns, value.shape[-1], dtype))
-    scores = take("scores", rows, columns, dtype)
-    # scaled before the scores are rounded
-    torch.addmm(scores, query, key.t(), beta=0, alpha=call.scaling, out=scores)
-    if call.softcap is not None:
-        scores = scores.float().div_(call.softcap).tanh_().mul_(call.softcap)
-    for start, bias in task.hidden():
-        # adding -inf is vectorised where filling by a mask is not
-        scores.view(groups, count, columns)[:, :, start : start + bias.shape[1]].add_(bias.to(scores.dtype))
-    probs, task_lse = _softmax(scores, call, task, take, lse is not None)
-    result = torch.mm(probs, value, out=take("out", rows, value.shape[-1], dtype))
-    out[task.row, task.heads, task.queries] = result.view(groups, count, -1)
-    if lse is not None:
-        assert task_lse is not None
-        lse[task.row, task.heads, task.queries] = task_lse.view(groups, count)
+    hidden = [(start, bias.to(dtype)) for start, bias in task.hidden()]
+    # as many heads at a time as have scores that stay in the core's cache
+    width = max(1, _SCORES // (count * columns * dtype.itemsize))
+    for first in range(task.heads.start, task.heads.stop, width):
+        heads = slice(first, min(first + width, task.heads.stop))
+        groups = heads.stop - heads.start
+        rows = groups * count
+        query = take("query", rows, dim, dtype)
+        query.view(groups, count, dim).copy_(call.query[task.row, heads, task.queries])
+        scores = take("scores", rows, columns, dtype)
+        # scaled before the scores are rounded
+        torch.addmm(scores, query, key.t(), beta=0, alpha=call.scaling, out=scores)
+        if call.softcap is not None:
+            scores = scores.float().div_(call.softcap).tanh_().mul_(call.softcap)
+        for start, bias in hidden:
+            # adding -inf is vectorised where filling by a mask is not
+            scores.view(groups, count, columns)[:, :, start : start + bias.shape[1]].add_(bias)
+        probs, part_lse = _softmax(scores, call, heads, task, take, lse is not None)
+        result = torch.mm(probs, value, out=take("out", rows, value.shape[-1], dtype))
+        out[task.row, heads, task.queries] = result.view(groups, count, -1)
+        if lse is not None:
+            assert part_lse is not None
+            lse[task.row, heads, task.queries] = part_lse.view(groups, count)
 
 
 def _softmax(
     scores: Tensor,
     call: AttentionCall,
+    heads: slice,
     task: _Task,
     take: Callable[[str, int, int, torch.dtype], Tensor],
     need_lse: bool,
@@ -361,7 +408,7 @@ def _softmax(
         exact.nan_to_num_(0.0)
         lse.masked_fill_(highest == float("-inf"), float("-inf"))
     if call.sinks is not None:
-        sinks = call.sinks[task.heads].float().repeat_interleave(task.size[0])[:, None]
+        sinks = call.sinks[heads].float().repeat_interleave(task.size[0])[:, None]
         with_sinks = torch.logaddexp(lse, sinks)
         exact.mul_((lse - with_sinks).exp_())
         lse = with_sinks
