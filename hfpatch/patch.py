@@ -454,6 +454,7 @@ def _bind(anatomy: Anatomy, parts: Sequence[Part], kernel: str, strict: bool) ->
     result: dict[int, list[Bound]] = {}
     for part in parts:
         method = part.method
+        method.fits(anatomy.num_layers, anatomy.num_heads, anatomy.head_dim)
         chosen = select_layers(part.layers, anatomy.num_layers)
         heads = select_heads(part.heads, anatomy.num_layers, anatomy.num_heads)
         verbs = method.verbs()

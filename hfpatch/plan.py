@@ -131,7 +131,8 @@ class Blocks:
         kept = (_pairs(start, stop, first[:, None], last[:, None]) * listed).sum((-1, -2))
         if self.col_idx is not None:
             listed = torch.arange(self.col_idx.shape[-1], device=rows.device) < self.column_counts()[..., None]
-            pairs = _pairs(self.col_idx, self.col_idx + 1, first[:, None], last[:, None])
+            # a column is seen by the queries from its own place on
+            pairs = (last[:, None] + 1 - torch.maximum(self.col_idx, first[:, None])).clamp(min=0)
             kept = kept + (pairs * listed).sum((-1, -2))
         total = call.q_len * call.q_offset + call.q_len * (call.q_len + 1) // 2
         return (kept / total).mean()

@@ -111,7 +111,8 @@ def test_removal_restores_bits_and_structure(family, name, n):
             model.config.to_json_string(),
         )
 
-    before, want = structure(), logits(model, inputs)
+    want = logits(model, inputs)
+    before = structure()
     handle = put_on(family, example(name, n))
     patched = logits(model, inputs)
     # a setting that leaves the only patchable layer dense has nothing to undo
@@ -129,6 +130,8 @@ def test_removal_restores_bits_and_structure(family, name, n):
 def test_later_tokens_do_not_change_earlier_rows(family, name, n):
     if "prune" in METHODS.get(name).verbs():
         pytest.skip("the last token decides what is pruned")
+    if example(name, n).reads_ahead:
+        pytest.skip("later tokens take part in the choice of blocks, though they are never seen")
     model, inputs = model_of(family), inputs_of(family)
     changed = {**inputs, "input_ids": inputs["input_ids"].clone()}
     changed["input_ids"][:, -4:] = inputs["input_ids"][:, -4:].roll(1, 1) % 100 + 10

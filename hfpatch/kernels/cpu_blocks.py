@@ -31,6 +31,8 @@ from hfpatch.plan import Blocks, Dense, Permuted, Plan, Window
 _ROWS = 896
 # Bytes of scores that one core works on at once: more would leave its cache between the two matmuls.
 _SCORES = 5 << 19
+# Gathered keys are padded to a multiple of this.
+_KEYS = 64
 # Longer dense prompts are as fast per pair as this, and the race should stay short.
 _RACED_TOKENS = 4096
 
@@ -150,16 +152,20 @@ def _block_tasks(call: AttentionCall, plan: Blocks) -> Iterator[_Task]:
                     keys = np.sort(np.concatenate([keys, col_idx[at][: col_cnt[at]]]))
                 # keys after the last query are invisible to all of them
                 keys = keys[: np.searchsorted(keys, call.q_offset + last)]
+                may_be_empty = call.mask is not None or len(keys) == 0 or int(keys[0]) > call.q_offset + first
+                if len(keys):
+                    # every new number of keys costs the matmul library a kernel; keys that come after all are hidden
+                    keys = np.pad(keys, (0, -len(keys) % _KEYS), constant_values=call.kv_len)
                 index = torch.from_numpy(keys)
                 yield _Task(
                     row,
                     slice(head, head + width),
                     slice(first, last),
-                    index,
+                    index.clamp(max=call.kv_len - 1),
                     (last - first, len(keys)),
                     _hide_future(index, first + call.q_offset, last + call.q_offset, call.mask, row),
                     # a list may lack the query's own block, or hold padding only
-                    may_be_empty=call.mask is not None or len(keys) == 0 or int(keys[0]) > call.q_offset + first,
+                    may_be_empty,
                 )
 
 
@@ -169,10 +175,11 @@ def _hide_future(keys: Tensor, first: int, last: int, mask: Tensor | None, row: 
     def hidden() -> Hidden:
         queries = torch.arange(first, last)[:, None]
         if mask is not None:
-            return [(0, _bias((keys > queries) | ~mask[row][keys] | ~mask[row][first:last, None]))]
+            seen = mask[row][keys.clamp(max=mask.shape[1] - 1)] & mask[row][first:last, None]
+            return [(0, _bias((keys > queries) | ~seen))]
         # the first query's own key is never hidden; starting at it keeps the columns aligned
         start = int(torch.searchsorted(keys, first))
-        if len(keys) - start == last - first:
+        if len(keys) - start == last - first and int(keys[-1]) == last - 1:
             # the query block's own keys, nearly always
             return [(start, _later(last - first))]
         return [(start, _bias(keys[start:] > queries))] if start < len(keys) else []

@@ -100,6 +100,14 @@ class Method(Options):
         """True if decoding with a cache must give what one forward over the whole text gives."""
         return False
 
+    @property
+    def reads_ahead(self) -> bool:
+        """True if tokens after a query's own block take part in choosing what the query sees. It never sees them."""
+        return False
+
+    def fits(self, num_layers: int, num_heads: int, head_dim: int) -> None:
+        """Raise ConfigError if a file among the options is not for a model of these sizes; asked when put on."""
+
     @classmethod
     def neutral(cls) -> Self:
         """Options under which the method must equal dense attention; the contract suite relies on it."""
