@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -223,7 +223,7 @@ def _nvidia_smi() -> Iterator[dict[str, Any]]:
 
 def _kernels_by_import() -> Iterator[KernelReport]:
     """Which kernels could be tried, judged by what is installed."""
-    needs = {"triton_blocks": "triton", "flash": "flash-attn"}
+    needs = {"triton_blocks": "triton", "triton_decode": "triton", "flash": "flash-attn"}
     for name in _kernel_names():
         package = needs.get(name)
         if package and importlib.util.find_spec(_MODULES.get(package, package)) is None:
@@ -337,6 +337,10 @@ def check_kernel(name: str) -> dict[str, str]:
         Blocks(blocks[None, None], counts[None, None], 64, 64),
         Dense(),
     )
+    if name == "triton_decode":
+        # for few queries: the last ones, and the list of their block
+        call = replace(call, query=query[:, :, -kernels.FEW_QUERIES :])
+        plans = (plans[0], Blocks(blocks[None, None, 2:], counts[None, None, 2:], 64, 64), plans[2])
     module, refusal, worst, ran = kernels.load(name), "", 0.0, []
     for plan in plans:
         if (reason := module.why_not(call, plan)) is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hfpatch.call import AttentionCall
+from hfpatch.errors import ConfigError
 
 # Rows of the mask that are counted where a plan has no closed form for its density.
 _SAMPLED_ROWS = 64
@@ -137,6 +138,28 @@ class Blocks:
         total = call.q_len * call.q_offset + call.q_len * (call.q_len + 1) // 2
         return (kept / total).mean()
 
+    def check(self, call: AttentionCall) -> None:
+        """Raise ConfigError where the lists break the rules above. Waits for the device: for tests and `verify`.
+
+        Kernels trust their plan: a key that is listed twice would count twice, and one past the end is read.
+        """
+        batch, heads, num_q = self.blk_cnt.shape
+        rows, num_k = -(-call.q_len // self.block_q), -(-call.kv_len // self.block_k)
+        if num_q != rows:
+            raise ConfigError(f"Blocks lists {num_q} block{'s' * (num_q != 1)} of queries, the call has {rows}.")
+        if batch not in (1, call.query.shape[0]) or heads not in (1, call.key.shape[1], call.query.shape[1]):
+            queries = list(call.query.shape)
+            raise ConfigError(f"Blocks has lists for {batch} rows and {heads} heads, queries are {queries}.")
+        _check_lists("key blocks", self.blk_idx, self.blk_cnt, num_k)
+        if self.col_idx is None:
+            return
+        count = self.column_counts()
+        _check_lists("columns", self.col_idx, count, call.kv_len)
+        counted = torch.arange(self.col_idx.shape[-1], device=count.device) < count[..., None]
+        block = torch.where(counted, self.col_idx // self.block_k, 0).long()
+        if bool((_listed(self.blk_idx, self.blk_cnt, num_k).gather(-1, block) & counted).any()):
+            raise ConfigError("Blocks: columns lie in listed blocks, so that their keys would count twice.")
+
     def column_counts(self) -> Tensor:
         """int32 [B or 1, Hs, NQ]; only where there are columns."""
         assert self.col_idx is not None
@@ -146,6 +169,20 @@ class Blocks:
 
     def keeps_all(self, call: AttentionCall) -> bool:
         return False
+
+
+def _check_lists(what: str, index: Tensor, count: Tensor, size: int) -> None:
+    if {index.dtype, count.dtype} != {torch.int32} or index.shape[:-1] != count.shape:
+        shapes = f"{index.dtype} {list(index.shape)} with counts {count.dtype} {list(count.shape)}"
+        raise ConfigError(f"Blocks: {what} are {shapes}; both are int32, and counts lack the last dimension.")
+    if int(count.min()) < 0 or int(count.max()) > index.shape[-1]:
+        raise ConfigError(f"Blocks: {what} count from {int(count.min())} to {int(count.max())} of {index.shape[-1]}.")
+    counted = torch.arange(index.shape[-1], device=index.device) < count[..., None]
+    ids = index[counted]
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        raise ConfigError(f"Blocks: {what} reach from {int(ids.min())} to {int(ids.max())}, there are {size}.")
+    if bool(((index.diff() <= 0) & counted[..., 1:]).any()):
+        raise ConfigError(f"Blocks: {what} are not ascending and distinct.")
 
 
 def _listed(index: Tensor, count: Tensor, size: int) -> Tensor:

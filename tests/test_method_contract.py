@@ -14,6 +14,8 @@ from transformers import DynamicCache
 
 import hfpatch
 import hfpatch.methods
+from hfpatch import attention
+from hfpatch.plan import Blocks
 from hfpatch.registry import METHODS
 
 FAMILIES = tiny.NAMES
@@ -33,6 +35,20 @@ def nothing_stays_patched():
     yield
     for family in FAMILIES:
         hfpatch.unpatch(model_of(family))
+
+
+@pytest.fixture(autouse=True)
+def plans_keep_the_rules(monkeypatch):
+    """Kernels trust block lists, so every list that a method makes here is looked at."""
+    plan_for = attention.plan_for
+
+    def checked(bound, call):
+        plan = plan_for(bound, call)
+        if isinstance(plan, Blocks):
+            plan.check(call)
+        return plan
+
+    monkeypatch.setattr(attention, "plan_for", checked)
 
 
 def inputs_of(family, **options):

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from hfpatch.call import AttentionCall, Layout, find_layouts, split_padding
 from hfpatch.errors import KernelUnavailableError, UnknownNameError
-from hfpatch.plan import Plan, Window
+from hfpatch.plan import Dense, Plan, Window
 
 # Up to this many scores a boolean mask costs less than a sparse kernel saves.
 SMALL = 512 * 512
-KERNELS = ("flash", "triton_blocks", "cpu_blocks", "sdpa", "reference")
+# More queries fill a GPU without splitting their keys.
+FEW_QUERIES = 16
+KERNELS = ("flash", "triton_decode", "triton_blocks", "cpu_blocks", "sdpa", "reference")
 
 
 class Choice(NamedTuple):
@@ -49,7 +51,7 @@ def choose(call: AttentionCall, plan: Plan, kernel: str = "auto") -> Choice:
     """Which kernel runs this. Raises KernelUnavailableError if a kernel was named and refuses."""
     check_name(kernel)
     refused: dict[str, str] = {}
-    for name in _order(call) if kernel == "auto" else (kernel,):
+    for name in _order(call, plan) if kernel == "auto" else (kernel,):
         reason = load(name).why_not(call, plan)
         if reason is None:
             return Choice(name, refused)
@@ -60,11 +62,19 @@ def choose(call: AttentionCall, plan: Plan, kernel: str = "auto") -> Choice:
     )
 
 
-def _order(call: AttentionCall) -> tuple[str, ...]:
-    """Best first. For one query, or for few scores, torch's fused attention beats anything cleverer."""
+def _order(call: AttentionCall, plan: Plan) -> tuple[str, ...]:
+    """Best first. For one query, or for few scores, torch's fused attention beats anything cleverer.
+
+    Except on a GPU, where it does not split keys among programs once it needs a mask.
+    """
+    few = call.q_len <= FEW_QUERIES
+    names = tuple(name for name in KERNELS if few or name != "triton_decode")
+    masked = not isinstance(plan, Dense) or call.mask is not None or call.q_len > 1
+    if few and masked and call.query.is_cuda:
+        return names
     if call.q_len == 1 or call.q_len * call.kv_len <= SMALL:
-        return ("sdpa", *(name for name in KERNELS if name != "sdpa"))
-    return KERNELS
+        return ("sdpa", *(name for name in names if name != "sdpa"))
+    return names
 
 
 def attend(call: AttentionCall, plan: Plan, kernel: str = "auto") -> tuple[Tensor, Tensor | None]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hfpatch.call import AttentionCall
-from hfpatch.kernels import SMALL
+from hfpatch.kernels import SMALL, empty_result
 from hfpatch.plan import Blocks, Dense, Plan, Window, visible
 
 
@@ -57,6 +57,9 @@ def run(call: AttentionCall, plan: Plan) -> tuple[Tensor, Tensor | None]:
 
 def _run_with_lse(call: AttentionCall, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """CPU only. The public function keeps the LSE to itself; the operator below it is what autograd uses."""
+    if call.kv_len == 0:
+        # the operator divides by the number of keys
+        return empty_result(call)
     groups = call.num_key_value_groups
     key, value = call.key.repeat_interleave(groups, 1), call.value.repeat_interleave(groups, 1)
     bias = None

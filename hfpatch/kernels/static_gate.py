@@ -2,14 +2,16 @@
 
     python -m hfpatch.kernels.static_gate [--quick] [--arch 80 90 100]
 
-For every plan kind, dtype and head_dim the kernel starts of `triton_blocks` are built from meta tensors, so what is
-compiled is what would run: shared memory must fit the chip, and half-precision kernels must use matrix instructions
-and spill no registers. Needs Triton, no GPU. Prints one line per kernel; exit status 1 if one is over a limit.
+For every plan kind, dtype and head_dim the kernel starts of `triton_blocks`, `triton_decode` and `column_sums` are
+built from meta tensors, so what is compiled is what would run: shared memory must fit the chip, and half-precision
+kernels must use matrix instructions and spill no registers. Needs Triton, no GPU. Prints one line per kernel; exit
+status 1 if one is over a limit.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -26,14 +28,19 @@ from torch import Tensor
 
 from hfpatch.call import AttentionCall
 from hfpatch.errors import HFPatchError, KernelUnavailableError
-from hfpatch.kernels import triton_blocks
+from hfpatch.kernels import column_sums, triton_blocks, triton_decode
 from hfpatch.kernels.triton_blocks import Launch
-from hfpatch.plan import Blocks, Permuted, Plan, Window
+from hfpatch.plan import Blocks, Dense, Permuted, Plan, Window
 
 # Shared memory in KB: per multiprocessor, and the most that one block may have
 SHARED = {80: (164, 163), 86: (100, 99), 89: (100, 99), 90: (228, 227), 100: (228, 227), 120: (100, 99)}
 MAX_REGISTERS = 255
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
+DEVICE_CODE = ("triton_fwd", "triton_decode_fwd", "triton_columns")
+# Adds partial results up and multiplies nothing
+NO_MATRIX = ("merge_splits_kernel",)
+# Multiprocessors of a chip that `triton_decode` splits keys for: an H100's. The number changes no compiled code.
+PROCESSORS = 132
 
 _TYPES = {
     torch.bfloat16: "bf16",
@@ -50,7 +57,7 @@ class Row:
 
     Attributes:
         kernel, case, dtype, head_dim: what was compiled.
-        tile: rows x keys, warps, stages.
+        tile: rows x keys (of merged parts: parts x head_dim), warps, stages.
         arch: compute capability times ten.
         shared: bytes of shared memory per block.
         registers: per thread.
@@ -88,15 +95,30 @@ def rows(archs: Sequence[int] = (80, 90, 100), quick: bool = False) -> Iterator[
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise KernelUnavailableError("TRITON_INTERPRET=1 turns compilation off. Unset it and start again.")
     for arch in archs:
-        table = triton_blocks.tiles(SHARED[arch][0] * 1024)
-        for case, call, plan in cases(quick):
-            # the window in front of a permuted band is the case "window"
-            launch = triton_blocks.launches(call, plan, *triton_blocks.empty_result(call), table)[-1]
+        for case, call, launch in launches(arch, quick):
             yield _compiled(case, call, launch, arch)
 
 
+def launches(arch: int, quick: bool = False) -> Iterator[tuple[str, AttentionCall, Launch]]:
+    """(name, call, kernel start) on the meta device, of all kernels."""
+    table = triton_blocks.tiles(SHARED[arch][0] * 1024)
+    for case, call, plan in cases(quick):
+        # the window in front of a permuted band is the case "window"
+        yield case, call, triton_blocks.launches(call, plan, *triton_blocks.empty_result(call), table)[-1]
+    for case, call, plan in decode_cases(quick):
+        split, *merge = triton_decode.launches(call, plan, *triton_blocks.empty_result(call), PROCESSORS)
+        yield case, call, split
+        # the merge knows nothing of plans
+        if isinstance(plan, Dense):
+            yield from ((case, call, launch) for launch in merge)
+    for case, call, rows in column_cases(quick):
+        sums = call.query.new_empty(*call.query.shape[:2], call.kv_len, dtype=torch.float32)
+        lse = sums.new_empty(*call.query.shape[:2], len(range(call.q_len)[rows]))
+        yield case, call, column_sums.launch_of(call, lse, rows, sums)
+
+
 def cases(quick: bool = False) -> Iterator[tuple[str, AttentionCall, Plan]]:
-    """(name, call, plan) on the meta device."""
+    """Many queries: (name, call, plan) on the meta device."""
     for head_dim in (128,) if quick else (64, 80, 96, 128, 256):
         yield from _kinds(_call(head_dim, torch.bfloat16))
     if quick:
@@ -104,9 +126,7 @@ def cases(quick: bool = False) -> Iterator[tuple[str, AttentionCall, Plan]]:
     for head_dim in (64, 128, 256):
         yield from _kinds(_call(head_dim, torch.float32))
     call = _call(128, torch.bfloat16)
-    sinks = torch.empty(call.query.shape[1], dtype=torch.bfloat16, device="meta")
-    capped = replace(call, softcap=50.0, sinks=sinks)
-    padded = replace(capped, mask=torch.empty(2, call.kv_len, dtype=torch.bool, device="meta"))
+    capped, padded = _with_everything(call)
     one_query = replace(call, query=call.query[:, :, :1])
     yield "blocks", call, _blocks(call, 2, 128, 128)
     yield "blocks 64", call, _blocks(call, 2, 64, 64)
@@ -119,19 +139,64 @@ def cases(quick: bool = False) -> Iterator[tuple[str, AttentionCall, Plan]]:
     yield "permuted circular capped sinks", capped, replace(_permuted(call), local=0, sink=0, circular=True)
 
 
+def decode_cases(quick: bool = False) -> Iterator[tuple[str, AttentionCall, Plan]]:
+    """Few queries: (name, call, plan)."""
+    for dtype, head_dim in _shapes(quick):
+        call = _call(head_dim, dtype, q_len=1)
+        yield "decode", call, Dense()
+        yield "decode pages columns", call, _blocks(call, 2, 16, 16, columns=100)
+    if quick:
+        return
+    call = _call(128, torch.bfloat16, q_len=1)
+    verify = _call(128, torch.bfloat16, q_len=16)
+    yield "decode window", call, Window(4, 1024)
+    yield "decode 64 per head", call, _blocks(call, 14, 64, 64)
+    # 16 queries of 7 heads: several tiles of rows
+    yield "decode 16 queries", verify, Dense()
+    yield "decode 16 queries pages", verify, _blocks(verify, 2, 16, 16)
+    for head_dim in (64, 128, 256):
+        _, padded = _with_everything(_call(head_dim, torch.bfloat16, q_len=16))
+        yield "decode capped sinks padded", padded, _blocks(padded, 2, 16, 16, columns=100)
+
+
+def column_cases(quick: bool = False) -> Iterator[tuple[str, AttentionCall, slice]]:
+    """Column sums: (name, call, rows)."""
+    for dtype, head_dim in _shapes(quick):
+        yield "columns", _call(head_dim, dtype), slice(None)
+    if not quick:
+        _, padded = _with_everything(_call(128, torch.bfloat16))
+        yield "columns capped padded", padded, slice(None)
+        yield "columns every 8th row", padded, slice(None, None, 8)
+        yield "columns last row", _call(128, torch.bfloat16), slice(-1, None)
+
+
+def _shapes(quick: bool) -> list[tuple[torch.dtype, int]]:
+    if quick:
+        return [(torch.bfloat16, 128)]
+    half = [(torch.bfloat16, head_dim) for head_dim in (64, 80, 96, 128, 256)]
+    return half + [(torch.float16, 128)] + [(torch.float32, head_dim) for head_dim in (64, 128, 256)]
+
+
+def _with_everything(call: AttentionCall) -> tuple[AttentionCall, AttentionCall]:
+    """The call with soft cap and learned sinks, and that with padding too."""
+    sinks = torch.empty(call.query.shape[1], dtype=call.query.dtype, device="meta")
+    capped = replace(call, softcap=50.0, sinks=sinks)
+    return capped, replace(capped, mask=torch.empty(2, call.kv_len, dtype=torch.bool, device="meta"))
+
+
 def _kinds(call: AttentionCall) -> Iterator[tuple[str, AttentionCall, Plan]]:
     yield "blocks columns", call, _blocks(call, 2, 128, 128, columns=100)
     yield "window", call, Window(4, 1024)
     yield "permuted", call, _permuted(call)
 
 
-def _call(head_dim: int, dtype: torch.dtype) -> AttentionCall:
+def _call(head_dim: int, dtype: torch.dtype, q_len: int = 4096) -> AttentionCall:
     """14 query and 2 KV heads, the layout that a projection and `transpose` leave."""
 
     def heads(count: int, length: int) -> Tensor:
         return torch.empty(2, length, count, head_dim, dtype=dtype, device="meta").transpose(1, 2)
 
-    return AttentionCall(heads(14, 4096), heads(2, 8192), heads(2, 8192), scaling=head_dim**-0.5)
+    return AttentionCall(heads(14, q_len), heads(2, 8192), heads(2, 8192), scaling=head_dim**-0.5)
 
 
 def _blocks(call: AttentionCall, heads: int, block_q: int, block_k: int, columns: int = 0) -> Blocks:
@@ -159,18 +224,37 @@ def _compiled(case: str, call: AttentionCall, launch: Launch, arch: int) -> Row:
         case=case,
         dtype=_TYPES[call.query.dtype],
         head_dim=call.query.shape[-1],
-        tile="{BLOCK_M}x{BLOCK_N} {num_warps}w {num_stages}s".format(**launch.args, **launch.options),
+        tile=_tile(launch),
         arch=arch,
         shared=kernel.metadata.shared,
         registers=registers,
         spills=spills,
         matrix=matrix,
-        problems=problems(arch, kernel.metadata.shared, registers, spills, matrix, call.query.dtype != torch.float32),
+        problems=problems(
+            arch,
+            kernel.metadata.shared,
+            registers,
+            spills,
+            matrix,
+            half=call.query.dtype != torch.float32,
+            multiplies=launch.kernel not in NO_MATRIX,
+        ),
     )
 
 
+def _tile(launch: Launch) -> str:
+    columns = launch.args.get("BLOCK_N", launch.args["BLOCK_D"])
+    return "{BLOCK_M}x{columns} {num_warps}w {num_stages}s".format(**launch.args, **launch.options, columns=columns)
+
+
 def problems(
-    arch: int, shared: int, registers: int, spills: int, matrix: Mapping[str, int], half: bool
+    arch: int,
+    shared: int,
+    registers: int,
+    spills: int,
+    matrix: Mapping[str, int],
+    half: bool,
+    multiplies: bool = True,
 ) -> tuple[str, ...]:
     """Limits that are broken. fp32 runs without tensor cores and may spill a little: no one is meant to wait for it."""
     checks = {
@@ -178,7 +262,7 @@ def problems(
         > SHARED[arch][1] * 1024,
         f"{registers} registers, a thread has {MAX_REGISTERS}": registers > MAX_REGISTERS,
         f"{spills} bytes spilled": half and spills > 0,
-        "no matrix instructions": half and not any(matrix.values()),
+        "no matrix instructions": half and multiplies and not any(matrix.values()),
     }
     return tuple(problem for problem, broken in checks.items() if broken)
 
@@ -188,9 +272,7 @@ def _source(launch: Launch) -> Any:
     16 divides is marked (all pointers are: torch aligns allocations)."""
     from triton.compiler import ASTSource
 
-    from hfpatch.kernels import triton_fwd
-
-    kernel = getattr(triton_fwd, launch.kernel)
+    kernel = _device_code(launch.kernel)
     signature, constants, attributes = {}, {}, {}
     for place, param in enumerate(kernel.params):
         value = launch.args[param.name]
@@ -205,6 +287,11 @@ def _source(launch: Launch) -> Any:
             if pointer or (special and value % 16 == 0):
                 attributes[(place,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes)
+
+
+def _device_code(kernel: str) -> Any:
+    modules = (importlib.import_module(f"hfpatch.kernels.{name}") for name in DEVICE_CODE)
+    return next(getattr(module, kernel) for module in modules if hasattr(module, kernel))
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
@@ -225,7 +312,7 @@ def _line(row: Row) -> str:
     matrix = ", ".join(f"{count} {name}" for name, count in row.matrix.items()) or "-"
     verdict = "; ".join(row.problems) or "ok"
     return (
-        f"{row.kernel:19} {row.case:30} {row.dtype} {row.head_dim:4} {row.tile:15} sm_{row.arch:<4}"
+        f"{row.kernel:20} {row.case:30} {row.dtype} {row.head_dim:4} {row.tile:15} sm_{row.arch:<4}"
         f"{row.shared:7} {row.registers:5} {row.spills:6}  {matrix:20} {verdict}"
     )
 
@@ -239,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = []
     try:
         if not options.json:
-            print(f"{'kernel':19} {'case':30} type  dim {'tile':15} {'arch':7}{'shared':>7} {'regs':>5} spills  matrix")
+            print(f"{'kernel':20} {'case':30} type  dim {'tile':15} {'arch':7}{'shared':>7} {'regs':>5} spills  matrix")
         for row in rows(options.arch, options.quick):
             found.append(row)
             if not options.json:

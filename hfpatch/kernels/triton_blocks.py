@@ -131,12 +131,12 @@ def _blocks(call: AttentionCall, plan: Blocks, out: Tensor, lse: Tensor, table: 
     # query heads with one list and one KV head share their tiles
     packed = call.num_key_value_groups if call.key.shape[1] % list_heads == 0 else 1
     rows = min(plan.block_q, call.q_len) * packed
-    args, options = _common(call, out, lse, packed, rows, table)
+    args, options = common_arguments(call, out, lse, packed, rows, table)
     args["BLOCK_N"] = min(args["BLOCK_N"], plan.block_k)
     tiles_q = -(-rows // args["BLOCK_M"])
     columns = plan.col_idx.contiguous() if plan.col_idx is not None else None
     args |= {
-        "padding": _flags(call.mask),
+        "padding": padding_flags(call.mask),
         "blk_idx": plan.blk_idx.contiguous(),
         "blk_cnt": plan.blk_cnt.contiguous(),
         "col_idx": columns,
@@ -161,9 +161,9 @@ def _window(
     call: AttentionCall, sink: int, window: int, out: Tensor, lse: Tensor, table: dict[tuple[int, int], Tile]
 ) -> Launch:
     packed = call.num_key_value_groups
-    args, options = _common(call, out, lse, packed, call.q_len * packed, table)
+    args, options = common_arguments(call, out, lse, packed, call.q_len * packed, table)
     args |= {
-        "padding": _flags(call.mask),
+        "padding": padding_flags(call.mask),
         "sink": min(sink, call.kv_len),
         "window": min(window, call.kv_len),
         "PADDED": call.mask is not None,
@@ -182,7 +182,7 @@ def _permuted(
         slots, index = inverse[:, call.q_offset :].sort(-1)
         queries = index.to(torch.int32)
     packed = call.num_key_value_groups
-    args, options = _common(call, out, lse, packed, call.q_len * packed, table)
+    args, options = common_arguments(call, out, lse, packed, call.q_len * packed, table)
     args |= {
         "order": order,
         "queries": queries.contiguous(),
@@ -200,15 +200,15 @@ def _permuted(
     return Launch("permuted_fwd_kernel", _row_grid(call, args), args, options)
 
 
-def _common(
+def common_arguments(
     call: AttentionCall, out: Tensor, lse: Tensor, packed: int, rows: int, table: dict[tuple[int, int], Tile]
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Arguments and options that all kernels share; `rows` is how many rows there are to fill a tile with."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (call.query, call.key, call.value))
     head_dim = q.shape[-1]
-    block_d = max(16, _power_of_two(head_dim))
+    block_d = max(16, power_of_two(head_dim))
     tile = table[max(block_d, 64), q.element_size()]
-    block_m = max(16, min(tile.rows, _power_of_two(rows)))
+    block_m = max(16, min(tile.rows, power_of_two(rows)))
     args: dict[str, Any] = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "sinks": call.sinks}
     for name, x in (("q", q), ("k", k), ("v", v), ("o", out)):
         args |= {f"{name}_b": x.stride(0), f"{name}_h": x.stride(1), f"{name}_t": x.stride(2)}
@@ -237,12 +237,12 @@ def _row_grid(call: AttentionCall, args: dict[str, Any]) -> tuple[int, int]:
     return -(-call.q_len * args["HEADS"] // args["BLOCK_M"]), call.query.shape[0] * args["GRID_HEADS"]
 
 
-def _flags(mask: Tensor | None) -> Tensor | None:
+def padding_flags(mask: Tensor | None) -> Tensor | None:
     """A bool mask as bytes: Triton has no pointers to single bits."""
     return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
