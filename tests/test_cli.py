@@ -20,7 +20,20 @@ import hfpatch.report.figures as figures
 from hfpatch.cli import app
 from hfpatch.recipe import load_recipe
 
-COMMANDS = ("list", "info", "doctor", "explain", "apply", "eval", "bench", "report", "compare", "verify", "recipe", "cache")
+COMMANDS = (
+    "list",
+    "info",
+    "doctor",
+    "explain",
+    "apply",
+    "eval",
+    "bench",
+    "report",
+    "compare",
+    "verify",
+    "recipe",
+    "cache",
+)
 WINDOW = "swa:window=16,sink=2"
 
 

@@ -158,7 +158,12 @@ class RunOptions:
     ] = False
     fail_under: Annotated[
         list[str] | None,
-        typer.Option("--fail-under", metavar="METRIC=VALUE", rich_help_panel=_RUN, help="Exit 4 if a result is lower (higher, where less is better)."),
+        typer.Option(
+            "--fail-under",
+            metavar="METRIC=VALUE",
+            rich_help_panel=_RUN,
+            help="Exit 4 if a result is lower (higher, where less is better).",
+        ),
     ] = None
 
 
