@@ -12,8 +12,9 @@ demo: setup
 demo-short: setup
 	$(BIN)/hfpatch apply recipe:demo --limit 1 --set bench.repeats=3 --set bench.lengths=[512] --set bench.warmup=1
 
+# one process a core; each has one torch thread
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 # also what takes long and what needs a real checkpoint or a GPU; each skips with its reason where it cannot run
 test-all: setup
@@ -22,7 +23,7 @@ test-all: setup
 # the oldest transformers that is supported, laid over the environment
 test-floor: setup .floor/.done
 	PYTHONPATH=.floor $(BIN)/python -m pytest -q tests/test_method_contract.py tests/test_methods.py tests/test_patch.py \
-		-k "llama or qwen2 or gemma3 or gpt_oss or llava or not contract"
+		-n auto -k "llama or qwen2 or gemma3 or gpt_oss or llava or not contract"
 
 check: setup
 	$(BIN)/ruff check .
