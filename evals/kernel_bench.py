@@ -19,7 +19,7 @@ from hfpatch.errors import ConfigError, HFPatchError, UnknownNameError
 from hfpatch.evals.bench import device_name
 from hfpatch.evals.generation import synchronize
 from hfpatch.kernels import KERNELS, load, reference
-from hfpatch.plan import Blocks
+from hfpatch.plan import Blocks, Dense, Plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -45,7 +45,8 @@ def bench_kernels(
     """One row per kernel, length and density; dense SDPA and the kernel take turns. Median times in ms.
 
     Plans hold random blocks, shared by the query heads of a KV head, with block 0 and the diagonal always in. A kernel
-    is timed only after it was right on such a plan; one that declines has its reason in `refused` and no times.
+    is timed only after it was right on such a plan; one that declines has its reason in `refused` and no times. Density 1
+    is dense attention in the kernel.
 
     Raises:
         HFPatchError: a kernel's result is wrong.
@@ -70,7 +71,7 @@ def bench_kernels(
         call = _random_call(length, q_heads, kv_heads, head_dim, DTYPES[dtype], place, seed)
         dense_name, dense = _best_dense(call)
         for density in densities:
-            plan = random_blocks(call, density, block, seed)
+            plan = _plan(call, density, block, seed)
             for name in kernels:
                 row = {"kernel": name, "length": length, "density_asked": density, "density": float(plan.density(call))}
                 row |= {"dense": dense_name, "refused": load(name).why_not(call, plan)} | about
@@ -79,6 +80,11 @@ def bench_kernels(
                     row |= _race(name, call, plan, dense, row["density"], repeats, warmup)
                 rows.append(row)
     return rows
+
+
+def _plan(call: AttentionCall, density: float, block: int, seed: int) -> Plan:
+    """Random blocks; for density 1 dense attention, as the patcher that leaves nothing out asks for it."""
+    return Dense(fastest=True) if density == 1 else random_blocks(call, density, block, seed)
 
 
 def random_blocks(call: AttentionCall, density: float, block: int, seed: int) -> Blocks:
@@ -133,7 +139,7 @@ def _best_dense(call: AttentionCall) -> tuple[str, Callable[[], Any]]:
 def _race(
     name: str,
     call: AttentionCall,
-    plan: Blocks,
+    plan: Plan,
     dense: Callable[[], Any],
     density: float,
     repeats: int,
@@ -179,7 +185,7 @@ def _check_result(name: str, call: AttentionCall, density: float, block: int, se
     length = min(call.kv_len, _CHECKED_TOKENS + 37)
     heads, kv_heads, head_dim = call.query.shape[1], call.key.shape[1], call.query.shape[-1]
     small = _random_call(length, heads, kv_heads, head_dim, call.query.dtype, call.query.device, seed)
-    plan = random_blocks(small, density, min(block, length), seed)
+    plan = _plan(small, density, min(block, length), seed)
     got: Tensor = load(name).run(small, plan)[0].float()
     exact = reference.run(small.to(torch.float32), plan)[0]
     eager = reference.run(small, plan, compute_dtype=call.query.dtype)[0].float()

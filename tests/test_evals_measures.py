@@ -204,10 +204,11 @@ SHAPE = {"q_heads": 4, "kv_heads": 2, "head_dim": 16, "block": 32, "repeats": 2,
 
 
 def test_kernel_bench_rows_are_finite_and_consistent():
-    rows = bench_kernels((300,), "fp32", densities=(0.3, 0.6), kernels=("reference", "sdpa"), **SHAPE)
+    rows = bench_kernels((300,), "fp32", densities=(0.3, 0.6, 1), kernels=("reference", "sdpa"), **SHAPE)
     assert [(r["kernel"], r["density_asked"]) for r in rows] == [
-        (k, d) for d in (0.3, 0.6) for k in ("reference", "sdpa")
+        (k, d) for d in (0.3, 0.6, 1) for k in ("reference", "sdpa")
     ]
+    assert rows[-1]["density"] == 1
     for row in rows:
         assert row["refused"] is None and row["error"] <= row["error_allowed"]
         assert all(math.isfinite(row[k]) and row[k] > 0 for k in ("dense_ms", "kernel_ms", "speedup", "efficiency"))

@@ -31,7 +31,13 @@ def add_to(app: typer.Typer) -> None:
         warmup: Annotated[int | None, typer.Option("--warmup", min=0, help="Repeats before them. [default: 3]")] = None,
         decode_tokens: Annotated[int | None, typer.Option("--decode-tokens", min=1, help="Decode steps timed.")] = None,
         densities: Annotated[
-            str, typer.Option("--densities", metavar="0.1,0.3", help="bench kernels: kept shares of the causal pairs.")
+            str,
+            typer.Option(
+                "--densities",
+                "--density",
+                metavar="0.1,0.3,1",
+                help="bench kernels: kept shares of the causal pairs; 1 = dense in the kernel.",
+            ),
         ] = "0.1,0.2,0.3",
         batch: Annotated[int | None, typer.Option("--batch-size", min=1, help="Sequences in the batch.")] = None,
     ) -> None:
