@@ -45,8 +45,8 @@ def bench_kernels(
     """One row per kernel, length and density; dense SDPA and the kernel take turns. Median times in ms.
 
     Plans hold random blocks, shared by the query heads of a KV head, with block 0 and the diagonal always in. A kernel
-    is timed only after it was right on such a plan; one that declines has its reason in `refused` and no times. Density 1
-    is dense attention in the kernel.
+    is timed only after it was right on such a plan; one that declines has its reason in `refused` and no times.
+    Density 1 is dense attention in the kernel.
 
     Raises:
         HFPatchError: a kernel's result is wrong.
