@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hfpatch.errors import ConfigError, DataMissingError
-from hfpatch.evals import haystack, retrieval
-from hfpatch.evals.base import Cell, Sample, option, register_task, token_counts
+from hfpatch.evals import haystack
+from hfpatch.evals.base import Cell, Sample, chosen_of, option, register_task, token_counts
 from hfpatch.evals.haystack import Haystack
 from hfpatch.evals.retrieval import Prompted
 from hfpatch.evals.rows import skipped
@@ -91,7 +91,7 @@ class BabiLong(Prompted):
         self.put("lengths", _lengths(self.lengths))
         haystack.prepare(self.haystack)
         files = {} if self.data is None else _files(Path(self.data))
-        self.put("subtasks", retrieval.chosen("babilong: subtasks", self.subtasks, tuple(files) or GENERATED))
+        self.put("subtasks", chosen_of("babilong: subtasks", self.subtasks, tuple(files) or GENERATED))
         read = {name: _read(files[name], name) for name in self.subtasks if name in files}
         self.put("_stories", {name: stories for name, (stories, _) in read.items()})
         self.put("_problems", [problem for _, problems in read.values() for problem in problems])

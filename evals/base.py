@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any, ClassVar, TypeVar
 
 from hfpatch.errors import ConfigError
@@ -20,6 +21,7 @@ __all__ = [
     "Outcome",
     "Sample",
     "Task",
+    "chosen_of",
     "depths_of",
     "option",
     "prompt_sha",
@@ -180,6 +182,21 @@ def token_counts(where: str, value: Any) -> tuple[int, ...]:
     if not counts:
         raise ConfigError(f"{where} is empty. Give at least one number of tokens, for example 4k.")
     return tuple(sorted(set(counts)))
+
+
+def chosen_of(where: str, value: tuple[str, ...] | str | None, known: Sequence[str]) -> tuple[str, ...]:
+    """The wanted ones of the known names, in the order of these; all of them for None."""
+    if value is None:
+        return tuple(known)
+    wanted = [name.strip() for name in (value.split(",") if isinstance(value, str) else value)]
+    if not wanted:
+        raise ConfigError(f"{where} is empty. Give at least one of: {', '.join(known)}.")
+    for name in wanted:
+        if name not in known:
+            near = get_close_matches(str(name), known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{where}: there is no {name!r}.{hint} There are: {', '.join(known)}.")
+    return tuple(name for name in known if name in wanted)
 
 
 def depths_of(where: str, value: Any) -> tuple[float, ...]:

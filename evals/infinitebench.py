@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from hfpatch.evals import retrieval
-from hfpatch.evals.base import Cell, Sample, depths_of, option, register_task, token_counts
+from hfpatch.evals.base import Cell, Sample, chosen_of, depths_of, option, register_task, token_counts
 from hfpatch.evals.retrieval import DEPTHS, LENGTHS, Pair, Prompted, inserted
 from hfpatch.evals.ruler_text import NOISE, Problem, Supply
 
@@ -45,7 +45,7 @@ class InfiniteBench(Prompted):
         super().check()
         self.put("lengths", token_counts("infinitebench: lengths", self.lengths))
         self.put("depths", depths_of("infinitebench: depths", self.depths))
-        self.put("subtasks", retrieval.chosen("infinitebench: subtasks", self.subtasks, tuple(GENERATE)))
+        self.put("subtasks", chosen_of("infinitebench: subtasks", self.subtasks, tuple(GENERATE)))
 
     def cells(self) -> list[Cell]:
         return [

@@ -12,7 +12,6 @@ import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, ClassVar
 
 from hfpatch.errors import ConfigError, DataMissingError
 from hfpatch.evals import metrics, prompts, ruler_text
-from hfpatch.evals.base import Cell, Sample, Task, depths_of, option, register_task, token_counts
+from hfpatch.evals.base import Cell, Sample, Task, chosen_of, depths_of, option, register_task, token_counts
 from hfpatch.evals.rows import SUFFIXES, Row, Rows, read_rows, skipped
 from hfpatch.evals.ruler import fill
 from hfpatch.evals.ruler_text import Problem, Supply
@@ -583,19 +582,6 @@ def needs_data_for_subtasks(task: KeyValue | Lines) -> None:
         raise ConfigError(f"{task.name}: subtasks are the files of data, which is not given. Give it, or no subtasks.")
 
 
-def chosen(where: str, value: tuple[str, ...] | str | None, known: Sequence[str]) -> tuple[str, ...]:
-    """The wanted ones of the known names, in the order of these; all of them for None."""
-    if value is None:
-        return tuple(known)
-    wanted = [name.strip() for name in (value.split(",") if isinstance(value, str) else value)]
-    for name in wanted:
-        if name not in known:
-            near = get_close_matches(str(name), known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{where}: there is no {name!r}.{hint} There are: {', '.join(known)}.")
-    return tuple(name for name in known if name in wanted)
-
-
 def tables(
     task: str,
     data: str | None,
@@ -628,7 +614,7 @@ def tables(
             f"{name.replace(chr(92) + 'd+', 'N').replace('.*', 'NAME')}.jsonl (.gz or .xz may be), or one such file. "
             f"They are in {where}."
         )
-    wanted = chosen(f"{task}: subtasks", subtasks, sorted(files, key=_by_number))
+    wanted = chosen_of(f"{task}: subtasks", subtasks, sorted(files, key=_by_number))
     return {stem: read_rows(files[stem], required, wrong) for stem in wanted}
 
 

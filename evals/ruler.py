@@ -9,15 +9,13 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hfpatch.errors import ConfigError
 from hfpatch.evals import base, filler, haystack, prompts, rows, ruler_qa, ruler_text, sample_cache
-from hfpatch.evals.base import Cell, Sample, Task, option, register_task, token_counts
+from hfpatch.evals.base import Cell, Sample, Task, chosen_of, option, register_task, token_counts
 from hfpatch.evals.ruler_text import Needles, Problem
 
 NIAH = {
@@ -75,7 +73,7 @@ class Ruler(Task):
 
     def check(self) -> None:
         self.put("lengths", token_counts("ruler: lengths", self.lengths))
-        self.put("subtasks", _subtasks(self.subtasks))
+        self.put("subtasks", chosen_of("ruler: subtasks", self.subtasks, tuple(GENERATE)))
         self.put("chat_template", prompts.template_mode(self.chat_template))
         if self._has(_ESSAY):
             haystack.prepare(self.haystack)
@@ -235,19 +233,6 @@ def string_match_part(prediction: str, references: Sequence[str]) -> float:
 
 def _plain(prediction: str) -> str:
     return re.sub(r"[\x00-\x1f]", "\n", prediction).strip().lower()
-
-
-def _subtasks(value: tuple[str, ...] | str) -> tuple[str, ...]:
-    """Names as a tuple in the paper's order."""
-    wanted = [name.strip() for name in (value.split(",") if isinstance(value, str) else value)]
-    for name in wanted:
-        if name not in GENERATE:
-            near = get_close_matches(str(name), GENERATE, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"ruler: there is no subtask {name!r}.{hint} There are: {', '.join(GENERATE)}.")
-    if not wanted:
-        raise ConfigError(f"ruler: subtasks is empty. Give at least one of: {', '.join(GENERATE)}.")
-    return tuple(name for name in GENERATE if name in wanted)
 
 
 def _haystack_sha(source: str) -> str:
