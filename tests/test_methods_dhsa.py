@@ -95,6 +95,7 @@ def test_equal_and_rising_scores_leave_no_gap_unused():
     for scores in (torch.zeros(1, 4000), torch.arange(250.0)[None]):
         ends = pick_ends(scores, 10_000, 8)[0].nonzero().flatten()
         assert int(ends.diff().min()) > 8 and int(ends.diff().max()) <= 17
+        assert ends[0] <= 8 and ends[-1] >= scores.shape[1] - 9
 
 
 @pytest.mark.parametrize("chunker", ["keydiff", "fixed", "oracle"])
