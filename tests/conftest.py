@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# tables as wide as into a pipe, whatever the terminal and pytest's workers say
+os.environ.pop("COLUMNS", None)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402  the variable must be set first

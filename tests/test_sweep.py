@@ -404,6 +404,7 @@ def test_times_without_a_dense_arm_are_told_in_ms(loaded, tmp_path):
 
 @pytest.fixture
 def file(loaded, tmp_path, monkeypatch) -> Path:
+    monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "load_model", lambda *_, **__: loaded)
     return recipe(NIAH).save(tmp_path / "sweep.yaml")

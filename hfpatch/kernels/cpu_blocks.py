@@ -30,7 +30,7 @@ from hfpatch.plan import Blocks, Dense, Permuted, Plan, Window
 # Rows of a score matrix for which one core's matmul is near its best rate.
 _ROWS = 896
 # Bytes of scores that one core works on at once: more would leave its cache between the two matmuls.
-_SCORES = 5 << 19
+_SCORES = 5 << 20
 # Gathered keys are padded to a multiple of this.
 _KEYS = 64
 # Longer dense prompts are as fast per pair as this, and the race should stay short.
