@@ -83,6 +83,8 @@ class Shard:
     def collect(self, run: RunDir) -> None:
         """Bring the rows of all processes, also of an interrupted run, into the main process's files."""
         folder = _folder(run)
+        # nobody writes any more
+        self.gather([])
         layers = self.gather(
             [r for path in sorted(folder.glob("*.layers.jsonl")) for r in read_lines(path, LAYER_KEYS)]
         )

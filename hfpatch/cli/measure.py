@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -33,16 +33,21 @@ def run(terminal: Terminal, recipe: Recipe, options: RunOptions) -> None:
         return
     from hfpatch.evals.run import run_recipe
 
-    progress = terminal.progress()
-    resume = None if options.no_resume else options.resume
-    try:
-        done = run_recipe(recipe, out=options.out, resume=resume, limit=options.limit, progress=progress)
-    except KeyboardInterrupt:
-        terminal.farewell = progress.last
-        raise
+    done = carry_out(terminal, run_recipe, recipe, options)
     # the other processes of a sharded run have nothing to show
     if done is not None:
         show(terminal, done, limits)
+
+
+def carry_out(terminal: Terminal, runner: Callable[..., Any], recipe: Recipe, options: RunOptions) -> Any:
+    """`run_recipe` or `run_sweep` with its progress shown; what an interrupted one says last is kept for the end."""
+    progress = terminal.progress()
+    resume = None if options.no_resume else options.resume
+    try:
+        return runner(recipe, out=options.out, resume=resume, limit=options.limit, progress=progress)
+    except KeyboardInterrupt:
+        terminal.farewell = progress.last
+        raise
 
 
 def plan(terminal: Terminal, recipe: Recipe, limit: int | None) -> None:

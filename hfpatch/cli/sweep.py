@@ -19,13 +19,7 @@ def run(terminal: Terminal, recipe: Recipe, options: RunOptions) -> None:
         return
     from hfpatch.evals.sweep import run_sweep
 
-    progress = terminal.progress()
-    resume = None if options.no_resume else options.resume
-    try:
-        done = run_sweep(recipe, out=options.out, resume=resume, limit=options.limit, progress=progress)
-    except KeyboardInterrupt:
-        terminal.farewell = progress.last
-        raise
+    done = measure.carry_out(terminal, run_sweep, recipe, options)
     # the other processes of a sharded run have nothing to show
     if done is not None:
         show(terminal, done, limits)
