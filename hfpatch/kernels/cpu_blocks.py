@@ -10,6 +10,7 @@ Scores are in the model's dtype, softmax statistics in fp32, as in eager attenti
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -91,10 +92,10 @@ def run(call: AttentionCall, plan: Plan) -> tuple[Tensor, Tensor | None]:
     if isinstance(plan, Dense):
         plan = Window(0, call.kv_len)
     if isinstance(plan, Window):
-        _run_tasks(_window_tasks(call, plan), call, out, lse)
+        _run_tasks(list(_window_tasks(call, plan)), call, out, lse)
     else:
         assert isinstance(plan, Blocks)
-        _run_tasks(_block_tasks(call, plan), call, out, lse)
+        _run_tasks(list(_block_tasks(call, plan)), call, out, lse)
     return out, lse
 
 
@@ -241,7 +242,7 @@ def _run_permuted(call: AttentionCall, plan: Permuted) -> tuple[Tensor, Tensor |
     index = order[None, :, :, None]
     keys, values = (x.gather(2, index.expand(x.shape[0], -1, -1, x.shape[-1])) for x in (call.key, call.value))
     in_slots = replace(call_lse, key=keys, value=values)
-    _run_tasks(_band_tasks(call, plan, order, local), in_slots, out, lse)
+    _run_tasks(list(_band_tasks(call, plan, order, local)), in_slots, out, lse)
     if local == 0:
         return out, lse
     assert lse is not None
@@ -292,29 +293,26 @@ def _hide_band(plan: Permuted, places: Tensor, slots: Tensor, keys: slice | Tens
 # Computing tasks ----------------------------------------------------------------------------------------------------
 
 
-def _run_tasks(tasks: Iterator[_Task], call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
-    """Workers make their next task themselves, one at a time, while the others compute."""
-    making = threading.Lock()
+def _run_tasks(tasks: list[_Task], call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
+    workers = min(torch.get_num_threads(), len(tasks))
+    longest = max((task.size[1] for task in tasks), default=0)
+    tickets = itertools.count()
 
     def work() -> None:
         with torch.inference_mode():
-            buffers = _buffers(call, call.kv_len)
-            while True:
-                with making:
-                    task = next(tasks, None)
-                if task is None:
-                    return
-                _compute(task, call, buffers, out, lse)
+            buffers = _buffers(call, longest)
+            while (ticket := next(tickets)) < len(tasks):
+                _compute(tasks[ticket], call, buffers, out, lse)
 
-    threads = torch.get_num_threads()
-    if threads <= 1:
+    if workers <= 1:
         work()
         return
+    threads = torch.get_num_threads()
     pool = _pool(threads)
     # MKL's thread count is global; the workers must not start threads of their own
     torch.set_num_threads(1)
     try:
-        futures = [pool.submit(work) for _ in range(threads)]
+        futures = [pool.submit(work) for _ in range(workers)]
         for future in futures:
             future.result()
     finally:
