@@ -41,14 +41,13 @@ class LayerTotals:
         self.add(rows)
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Reports of layers, or rows of other totals."""
         for row in rows:
             key = json.dumps([row["layer"], row["phase"], row["action"], row["kernel"], row["refused"]], sort_keys=True)
             seen = self._rows.setdefault(key, {**row, "calls": 0, "density": None, "units": 0})
             seen["calls"] += row["calls"]
             if row["density"] is not None:
                 # where one row of a kind has a density, all have
-                seen["units"] += row.get("units", round(row["density"] * row["calls"] * _UNITS))
+                seen["units"] += round(row["density"] * row["calls"] * _UNITS)
                 seen["density"] = seen["units"] / _UNITS / max(seen["calls"], 1)
 
     def rows(self) -> list[dict[str, Any]]:
