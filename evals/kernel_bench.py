@@ -18,6 +18,7 @@ from hfpatch.call import AttentionCall
 from hfpatch.errors import ConfigError, HFPatchError, UnknownNameError
 from hfpatch.evals.bench import device_name
 from hfpatch.evals.generation import synchronize
+from hfpatch.evals.memory import MB, Peak
 from hfpatch.kernels import KERNELS, load, reference
 from hfpatch.plan import Blocks, Dense, Plan
 
@@ -37,6 +38,7 @@ def bench_kernels(
     block: int = 128,
     densities: Sequence[float] = (0.1, 0.2, 0.3),
     kernels: Sequence[str] = ("cpu_blocks",),
+    lists: str = "kv",
     repeats: int = 10,
     warmup: int = 3,
     device: str | None = None,
@@ -44,15 +46,17 @@ def bench_kernels(
 ) -> list[dict[str, Any]]:
     """One row per kernel, length and density; dense SDPA and the kernel take turns. Median times in ms.
 
-    Plans hold random blocks, shared by the query heads of a KV head, with block 0 and the diagonal always in. A kernel
-    is timed only after it was right on such a plan; one that declines has its reason in `refused` and no times.
-    Density 1 is dense attention in the kernel.
+    Plans hold random blocks with block 0 and the diagonal always in; `lists` says whether each "kv" head (shared by
+    its query heads) or each "query" head has its own. A kernel is timed only after it was right on such a plan; one
+    that declines has its reason in `refused` and no times. Density 1 is dense attention in the kernel. `extra_mb`
+    (2**20 bytes) is the peak of memory in one call beyond inputs, plan and output: resident memory on the CPU, where
+    scratch that a thread keeps counts only once.
 
     Raises:
         HFPatchError: a kernel's result is wrong.
         ConfigError, UnknownNameError: dtype, heads, densities or kernel names that cannot be.
     """
-    _check(dtype, q_heads, kv_heads, densities, kernels)
+    _check(dtype, q_heads, kv_heads, densities, kernels, lists)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     about = {
         "dtype": dtype,
@@ -60,6 +64,7 @@ def bench_kernels(
         "kv_heads": kv_heads,
         "head_dim": head_dim,
         "block": block,
+        "lists": lists,
         "device": str(place),
         "device_name": device_name(place),
         "threads": torch.get_num_threads(),
@@ -71,26 +76,45 @@ def bench_kernels(
         call = _random_call(length, q_heads, kv_heads, head_dim, DTYPES[dtype], place, seed)
         dense_name, dense = _best_dense(call)
         for density in densities:
-            plan = _plan(call, density, block, seed)
+            plan = _plan(call, density, block, lists, seed)
             for name in kernels:
                 row = {"kernel": name, "length": length, "density_asked": density, "density": float(plan.density(call))}
                 row |= {"dense": dense_name, "refused": load(name).why_not(call, plan)} | about
                 if row["refused"] is None:
-                    row |= _check_result(name, call, density, block, seed)
+                    row |= _check_result(name, call, density, block, lists, seed)
+                    row |= {"inner_loop": _inner_loop(name, call, plan), "extra_mb": _extra_mb(name, call, plan)}
                     row |= _race(name, call, plan, dense, row["density"], repeats, warmup)
                 rows.append(row)
     return rows
 
 
-def _plan(call: AttentionCall, density: float, block: int, seed: int) -> Plan:
+def _inner_loop(name: str, call: AttentionCall, plan: Plan) -> str | None:
+    """What computes a kernel that has a choice there."""
+    found = getattr(load(name), "inner_loop", None)
+    return None if found is None else found(call, plan)
+
+
+def _extra_mb(name: str, call: AttentionCall, plan: Plan) -> float:
+    kernel = load(name)
+    with Peak(call.query.device) as peak:
+        out, lse = kernel.run(call, plan)
+    returned = sum(x.numel() * x.element_size() for x in (out, lse) if x is not None)
+    return max(peak.bytes - returned, 0) / MB
+
+
+def _plan(call: AttentionCall, density: float, block: int, lists: str, seed: int) -> Plan:
     """Random blocks; for density 1 dense attention, as the patcher that leaves nothing out asks for it."""
-    return Dense(fastest=True) if density == 1 else random_blocks(call, density, block, seed)
+    heads = call.query.shape[1] if lists == "query" else call.key.shape[1]
+    return Dense(fastest=True) if density == 1 else random_blocks(call, density, block, seed, heads)
 
 
-def random_blocks(call: AttentionCall, density: float, block: int, seed: int) -> Blocks:
-    """A plan that keeps about `density` of the causal pairs: block 0, the diagonal, and random blocks between."""
+def random_blocks(call: AttentionCall, density: float, block: int, seed: int, heads: int | None = None) -> Blocks:
+    """A plan that keeps about `density` of the causal pairs: block 0, the diagonal, and random blocks between.
+
+    `heads` lists; by default one for each KV head.
+    """
     generator = torch.Generator().manual_seed(seed)
-    number, heads = -(-call.kv_len // block), call.key.shape[1]
+    number, heads = -(-call.kv_len // block), heads or call.key.shape[1]
     counts, owed = [], 0.0
     for row in range(number):
         # in units of whole blocks; the diagonal one is half seen
@@ -180,12 +204,14 @@ def _iqr(times: Sequence[float]) -> float:
     return high - low
 
 
-def _check_result(name: str, call: AttentionCall, density: float, block: int, seed: int) -> dict[str, float]:
+def _check_result(
+    name: str, call: AttentionCall, density: float, block: int, lists: str, seed: int
+) -> dict[str, float]:
     """Error against fp32, at most twice that of plain attention in the same dtype; else HFPatchError."""
     length = min(call.kv_len, _CHECKED_TOKENS + 37)
     heads, kv_heads, head_dim = call.query.shape[1], call.key.shape[1], call.query.shape[-1]
     small = _random_call(length, heads, kv_heads, head_dim, call.query.dtype, call.query.device, seed)
-    plan = _plan(small, density, min(block, length), seed)
+    plan = _plan(small, density, min(block, length), lists, seed)
     got: Tensor = load(name).run(small, plan)[0].float()
     exact = reference.run(small.to(torch.float32), plan)[0]
     eager = reference.run(small, plan, compute_dtype=call.query.dtype)[0].float()
@@ -198,11 +224,15 @@ def _check_result(name: str, call: AttentionCall, density: float, block: int, se
     return {"error": error, "error_allowed": allowed}
 
 
-def _check(dtype: str, q_heads: int, kv_heads: int, densities: Sequence[float], kernels: Sequence[str]) -> None:
+def _check(
+    dtype: str, q_heads: int, kv_heads: int, densities: Sequence[float], kernels: Sequence[str], lists: str
+) -> None:
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not one of: {', '.join(DTYPES)}.")
     if q_heads < 1 or kv_heads < 1 or q_heads % kv_heads:
         raise ConfigError(f"q_heads={q_heads} is no multiple of kv_heads={kv_heads}.")
+    if lists not in ("kv", "query"):
+        raise ConfigError(f"lists={lists!r}: a list of blocks belongs to each kv head or to each query head.")
     if wrong := [d for d in densities if not 0 < d <= 1]:
         raise ConfigError(f"density {wrong[0]} is outside (0, 1]: it is the fraction of the causal pairs that is kept.")
     if unknown := [name for name in kernels if name not in KERNELS]:

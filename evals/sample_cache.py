@@ -1,6 +1,6 @@
 """Drawn samples on disk, so that the next run with the same task, tokenizer and seed does not draw them again.
 
-One folder per cell under `hfpatch.load.cache_dir()/samples`, named by a digest of everything that the samples depend
+One folder per cell under `hfpatch.storage.cache_dir()/samples`, named by a digest of everything that the samples depend
 on, the code included; one file per sample. A file that is damaged counts as absent, and a cache that cannot be written
 is done without: what comes out is the same in every case.
 """
@@ -24,7 +24,7 @@ from typing import Any
 
 from hfpatch.errors import HFPatchError
 from hfpatch.evals.base import Cell, Sample
-from hfpatch.load import cache_dir
+from hfpatch.storage import cache_dir
 
 _LOG = logging.getLogger("hfpatch")
 _ABOUT = "about.json"

@@ -360,6 +360,8 @@ def check_kernel(name: str) -> dict[str, str]:
     if not ran:
         return {"name": name, "state": "unavailable", "detail": refusal}
     detail = f"{', '.join(ran)} · max error {worst:.1e} ({_short(dtype)}, {device.type})"
+    if hasattr(module, "inner_loop"):
+        detail += f" · {module.inner_loop(call, plans[0])}"
     return {"name": name, "state": "ready", "detail": detail}
 
 

@@ -34,6 +34,7 @@ from hfpatch.errors import (
     UnsupportedError,
 )
 from hfpatch.registry import Registry, fold
+from hfpatch.storage import cache_dir
 
 if TYPE_CHECKING:
     from hfpatch.patch import PatchHandle
@@ -282,19 +283,6 @@ def empty_model(model_id_or_config: Any, *, attn: str | None = None, **options: 
 
 
 # Packaged checkpoints -----------------------------------------------------------------------------------------------
-
-
-def cache_dir() -> Path:
-    """Where fetched and de-quantised checkpoints live: HFPATCH_CACHE, else `hfpatch` in the platform's cache folder."""
-    if own := os.environ.get("HFPATCH_CACHE"):
-        return Path(own).expanduser()
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
-    elif sys.platform == "darwin":
-        base = "~/Library/Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "hfpatch"
 
 
 def packaged_dir(name: str) -> Path | None:

@@ -253,6 +253,13 @@ class Permuted:
         causal = torch.arange(self.order.shape[-1], device=rows.device) <= rows[:, None]
         return (self.rows(rows) & causal).sum() / (causal.sum() * self.order.shape[0])
 
+    def nearest(self) -> int:
+        """How many last tokens `local` and `sink` leave to a second part; 0: there is none.
+
+        A token always sees itself, so a local window of one changes nothing and makes the second part a window.
+        """
+        return max(self.local, 1) if self.local or self.sink else 0
+
     def keeps_all(self, call: AttentionCall) -> bool:
         n = call.kv_len
         return min(self.before, self.after) >= n - 1 or self.local >= n or self.sink >= n

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -384,9 +385,17 @@ def test_bench(model):
 
 def test_bench_kernels():
     args = ["bench", "kernels", "--lengths", "512", "--densities", "50%", "--repeats", "1", "--warmup", "0"]
-    (row,) = run_json(*args, "--dtype", "fp32", "--kernel", "reference")["rows"]
+    data = run_json(*args, "--dtype", "fp32", "--kernel", "reference", "--lists", "query")
+    (row,) = data["rows"]
     assert row["efficiency"] == pytest.approx(row["dense_ms"] * row["density"] / row["kernel_ms"])
-    assert "efficiency" in run(*args, "--dtype", "fp32", "--kernel", "reference").stdout
+    assert row["lists"] == "query" and row["extra_mb"] >= 0
+    assert json.loads((Path(data["run"]) / "kernels.json").read_text()) == data["rows"]
+    page = Path(data["reports"][1]).read_text()
+    assert f"{row['efficiency']:.2f}" in page and "query head" in page
+    table = (Path(data["run"]) / "figures" / "efficiency.csv").read_text()
+    assert table.splitlines()[1].startswith("reference,fp32,query,512,")
+    text = run(*args, "--dtype", "fp32", "--kernel", "cpu_blocks").stdout
+    assert "efficiency" in text and ("compiled" in text or "torch: " in text)
 
 
 def test_interrupt_keeps_results_and_says_how_to_go_on(model, monkeypatch, tmp_path):

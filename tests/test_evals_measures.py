@@ -11,7 +11,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 from hfpatch import kernels
 from hfpatch.errors import ConfigError, HFPatchError, UnknownNameError
-from hfpatch.evals import arms, generation, latency, logits, memory
+from hfpatch.evals import arms, generation, kernel_bench, latency, logits, memory
 from hfpatch.evals.fidelity import Fidelity
 from hfpatch.evals.kernel_bench import bench_kernels, random_blocks
 from hfpatch.kernels import reference
@@ -229,6 +229,23 @@ def test_random_blocks_hold_block_zero_and_the_diagonal():
     assert float(plan.density(call)) == pytest.approx(0.4, abs=0.03)
 
 
+@pytest.mark.parametrize("name", ["cpu_blocks", "cpu_blocks torch", "reference"])
+def test_peak_memory_tells_a_kernel_that_is_quadratic(name, monkeypatch):
+    kernel, _, torch_loop = name.partition(" ")
+    if torch_loop:
+        monkeypatch.setattr("hfpatch.kernels.cpu_compiled.why_not", lambda *_: "not in this test")
+    monkeypatch.setattr(kernel_bench, "_check_result", lambda *_: {})
+    shape = {"q_heads": 4, "kv_heads": 2, "head_dim": 64, "block": 64, "repeats": 1, "warmup": 0}
+    (row,) = bench_kernels((4096,), "fp32", densities=(0.2,), kernels=(kernel,), **shape)
+    # q, k, v and out
+    linear = 4 * 4096 * 64 * (4 + 2 + 2 + 4) / 2**20
+    if kernel == "reference":
+        # fp32 scores of four heads
+        assert row["extra_mb"] > 4 * 4 * 4096**2 / 2**20
+    else:
+        assert row["extra_mb"] < 2 * linear
+
+
 def test_a_kernel_that_declines_has_its_reason(monkeypatch):
     monkeypatch.setattr(reference, "why_not", lambda call, plan: "not today")
     (row,) = bench_kernels((64,), "fp32", densities=(0.5,), kernels=("reference",), **SHAPE)
@@ -245,6 +262,6 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
 def test_kernel_bench_refuses_nonsense():
     with pytest.raises(UnknownNameError, match="unknown kernel 'cuda'"):
         bench_kernels((64,), kernels=("cuda",))
-    for wrong in ({"dtype": "int8"}, {"q_heads": 3}, {"densities": (1.5,)}):
+    for wrong in ({"dtype": "int8"}, {"q_heads": 3}, {"densities": (1.5,)}, {"lists": "none"}):
         with pytest.raises(ConfigError):
             bench_kernels((64,), **wrong)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from kernel_cases import _lists, make_call, make_permuted
 
 from hfpatch.errors import ConfigError
-from hfpatch.kernels import attend, cpu_blocks, merge, reference, sdpa
+from hfpatch.kernels import attend, cpu_blocks, cpu_compiled, merge, reference, sdpa
 from hfpatch.plan import Blocks, Dense, Window
 
 HERE = Path(__file__).parent
@@ -150,7 +150,10 @@ def check(kernel, count, shapes, plans):
 SIZES = (7, 16, 64), (5, 16, 32)
 
 
-def test_cpu_blocks():
+@pytest.mark.parametrize("inner_loop", ["compiled", "torch"])
+def test_cpu_blocks(inner_loop, monkeypatch):
+    if inner_loop == "torch":
+        monkeypatch.setattr(cpu_compiled, "why_not", lambda *_: "not in this test")
     check(cpu_blocks, 400, shapes(100, FULL), plans(*SIZES))
 
 

@@ -11,7 +11,7 @@ import torch
 from hfpatch import kernels
 from hfpatch.call import AttentionCall
 from hfpatch.errors import KernelUnavailableError, UnknownNameError
-from hfpatch.kernels import attend, choose, cpu_blocks, merge, reference, sdpa
+from hfpatch.kernels import attend, choose, cpu_blocks, cpu_compiled, cpu_torch, merge, reference, sdpa
 from hfpatch.plan import Blocks, Dense, Permuted, Window
 
 # (batch, query heads, KV heads, q_len, kv_len, head_dim)
@@ -19,6 +19,16 @@ SHAPES = [(1, 1, 1, 64, 64, 64), (2, 8, 2, 63, 63, 64), (1, 8, 1, 127, 127, 80),
           (2, 6, 2, 1, 65, 128), (1, 2, 1, 65, 300, 256), (1, 4, 2, 1, 1, 64), (1, 14, 2, 200, 200, 64)]  # fmt: skip
 PLANS = ["window", "window-no-sink", "window-wide", "blocks-kv", "blocks-q", "blocks-one", "columns", "permuted",
          "permuted-pure", "permuted-ring", "dense", "dense-fastest"]  # fmt: skip
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def inner_loop(request, monkeypatch):
+    """Both ways in which `cpu_blocks` computes its tasks; the compiled one where a compiler and the CPU allow it."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu_compiled, "why_not", lambda *_: "not in this test")
+    elif refused := cpu_compiled.why_not(call_of((1, 2, 1, 8, 8, 64), torch.float32), Window(0, 4)):
+        pytest.skip(refused)
+    return request.param
 
 
 def call_of(shape, dtype, **rest):
@@ -93,10 +103,10 @@ def assert_as_accurate_as_eager(got, call, plan):
 @pytest.mark.parametrize("extra", ["plain", "softcap", "sinks", "padding"])
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("shape", SHAPES, ids="B{0[0]}-H{0[1]}-Hkv{0[2]}-q{0[3]}-kv{0[4]}-d{0[5]}".format)
-def test_cpu_kernels_are_as_accurate_as_eager(shape, name, extra, need_lse, dtype, monkeypatch):
+def test_cpu_kernels_are_as_accurate_as_eager(shape, name, extra, need_lse, dtype, inner_loop, monkeypatch):
     monkeypatch.setattr(cpu_blocks, "_race", lambda *_: True)
     # two heads or one at a time, too
-    monkeypatch.setattr(cpu_blocks, "_SCORES", 1 << 15)
+    monkeypatch.setattr(cpu_torch, "_SCORES", 1 << 15)
     call = call_of(shape, dtype, need_lse=need_lse)
     if extra == "softcap":
         call = replace(call, softcap=3.0)
@@ -107,19 +117,59 @@ def test_cpu_kernels_are_as_accurate_as_eager(shape, name, extra, need_lse, dtyp
         mask[0, : shape[4] // 3] = False
         call = replace(call, mask=mask)
     plan, ran = plan_of(name, call), 0
-    for kernel in (cpu_blocks, sdpa):
+    for kernel in (cpu_blocks, sdpa) if inner_loop == "torch" else (cpu_blocks,):
         if kernel.why_not(call, plan) is None:
             out, lse = kernel.run(call, plan)
             assert lse is not None or not need_lse
             assert_as_accurate_as_eager((out, lse), call, plan)
             ran += 1
     assert_as_accurate_as_eager(attend(call, plan), call, plan)
-    if ran == 0:
+    if ran == 0 and inner_loop == "torch":
         assert choose(call, plan).name == "reference"
 
 
+# keys of several chunks and panels, tiles that end in the middle, rows that fill no register tile
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["dense-fastest", "window", "sink-in-window", "blocks", "columns", "band", "ring"])
+@pytest.mark.parametrize("dim", [64, 80, 256])
+def test_the_compiled_loop_crosses_its_chunks(dim, name, dtype, inner_loop):
+    heads, kv_heads = (14, 2) if dim == 64 else (3, 3)
+    call = call_of((1, heads, kv_heads, 1261, 1307, dim), dtype, need_lse=True)
+    order = torch.rand(kv_heads, 1307, generator=torch.Generator().manual_seed(2)).argsort(-1)
+    plan = {
+        "window": Window(70, 1100),
+        "sink-in-window": Window(400, 3),
+        "blocks": block_lists(call, heads, 128, 128),
+        "columns": block_lists(call, kv_heads, 64, 64, columns=1),
+        "band": Permuted(order, 600, 500, local=33, sink=5),
+        "ring": Permuted(order, 9, 14, circular=True),
+        "dense-fastest": Dense(fastest=True),
+    }[name]
+    assert_as_accurate_as_eager(cpu_blocks.run(call, plan), call, plan)
+
+
+def test_the_compiled_loop_says_why_it_does_not_run(monkeypatch, tmp_path):
+    call = call_of((1, 4, 2, 64, 64, 64), torch.float32)
+    assert "float16" in cpu_blocks.inner_loop(call.to(torch.float16), Window(0, 4))
+    ring = Permuted(torch.randperm(64)[None], 30, 20, circular=True)
+    assert "reaches round" in cpu_blocks.inner_loop(call, ring)
+    monkeypatch.setattr(cpu_compiled, "_library", cpu_compiled._Library)
+    monkeypatch.setenv("HFPATCH_COMPILE", "0")
+    assert cpu_blocks.inner_loop(call, Window(0, 4)) == "torch: HFPATCH_COMPILE=0"
+    monkeypatch.setenv("HFPATCH_COMPILE", "1")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setenv("HFPATCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(cpu_compiled, "_compiler", lambda: None)
+    assert "no C++ compiler" in cpu_blocks.inner_loop(call, Window(0, 4))
+    monkeypatch.setattr(cpu_compiled, "_compiler", lambda: "false")
+    assert "compiling failed" in cpu_blocks.inner_loop(call, Window(0, 4))
+    assert not list(tmp_path.rglob("*.so"))
+    assert_as_accurate_as_eager(cpu_blocks.run(call, Window(0, 4)), call, Window(0, 4))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_pool_gives_the_same_result_and_leaves_threads_alone(threads):
+def test_pool_gives_the_same_result_and_leaves_threads_alone(threads, inner_loop):
     call = call_of((2, 8, 2, 300, 300, 64), torch.float32)
     want = cpu_blocks.run(call, Window(2, 50))[0]
     before = torch.get_num_threads()
@@ -135,7 +185,7 @@ def test_pool_gives_the_same_result_and_leaves_threads_alone(threads):
         torch.set_num_threads(before)
 
 
-def test_two_threads_may_attend_at_once():
+def test_two_threads_may_attend_at_once(inner_loop):
     calls = [call_of((1, 8, 2, 260 + n, 260 + n, 64), torch.float32) for n in range(4)]
     want = [reference.run(call, Window(3, 40))[0] for call in calls]
     got = [None] * len(calls)

@@ -12,6 +12,7 @@ from report_rows import bench, both, memory, new_run, niah, pair, window
 
 from hfpatch.report import figures
 from hfpatch.report.figures import CHANGE_SCALE, SCORE_SCALE, Chart, charts
+from hfpatch.report.kernels import write_kernel_report
 from hfpatch.report.render import render
 from hfpatch.report.results import summarise
 from hfpatch.report.run import RunDir
@@ -391,3 +392,19 @@ def test_without_matplotlib_the_heatmap_is_still_there(tmp_path: Path, monkeypat
     assert sum(tag == "svg" for tag, _ in page.tags) == 1
     assert "hfpatch[plots]" in "".join(page.text)
     assert "figures/heatmap-niah-number.svg" in (run.path / "report.md").read_text(encoding="utf-8")
+
+
+def test_the_kernel_report_has_table_and_figure(tmp_path: Path) -> None:
+    row = {"kernel": "fast", "dtype": "bf16", "lists": "kv", "length": 8192, "density": 0.1, "refused": None}
+    row |= {"dense_ms": 800.0, "kernel_ms": 40.0, "speedup": 20.0, "efficiency": 2.0, "extra_mb": 1.0, "n": 10}
+    row |= {"q_heads": 14, "kv_heads": 2, "head_dim": 64, "block": 128, "dense": "sdpa", "inner_loop": "compiled"}
+    row |= {"device_name": "chip", "threads": 2, "torch": "2", "seed": 0}
+    declined = {key: row[key] for key in row if not key.endswith("_ms")} | {"refused": "not for <b>"}
+    markdown, page = write_kernel_report([row, row | {"density": 0.3, "efficiency": 2.27}, declined], tmp_path)
+    assert "| 2.00 | 1.0 MB | compiled |" in markdown.read_text()
+    text = page.read_text()
+    assert "efficiency 2.00 to 2.27" in text and "refused: not for &lt;b&gt;" in text and "<svg" in text
+    rows = list(csv.DictReader((tmp_path / "figures" / "efficiency.csv").open()))
+    assert [float(r["efficiency"]) for r in rows] == [2.0, 2.27]
+    nothing = write_kernel_report([declined], tmp_path / "none")[1].read_text()
+    assert "no kernel ran" in nothing

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -39,12 +41,15 @@ def add_to(app: typer.Typer) -> None:
                 help="bench kernels: kept shares of the causal pairs; 1 = dense in the kernel.",
             ),
         ] = "0.1,0.2,0.3",
+        lists: Annotated[
+            str, typer.Option("--lists", metavar="kv|query", help="bench kernels: a list of blocks for each such head.")
+        ] = "kv",
         batch: Annotated[int | None, typer.Option("--batch-size", min=1, help="Sequences in the batch.")] = None,
     ) -> None:
         """Time prefill and decode and measure memory, dense and patched taking turns in one process.
 
         `bench kernels` times block-sparse kernels alone against dense SDPA, with 14 query and 2 KV heads of 64 and
-        blocks of 128; --kernel, --dtype, --device and --lengths apply.
+        blocks of 128; --kernel, --dtype, --device, --lengths and --out apply.
         """
         wanted: dict[str, Any] = {
             "lengths": lengths,
@@ -55,36 +60,40 @@ def add_to(app: typer.Typer) -> None:
         }
         wanted = {key: value for key, value in wanted.items() if value is not None}
         if model == "kernels":
-            _kernels(terminal, models, patches, wanted, densities)
+            _kernels(terminal, models, patches, wanted | {"lists": lists}, densities, options.out)
             return
         recipe, _ = build_recipe(source(model, "bench", patches, bench=wanted), terminal, patches, models, options)
         measure.run(terminal, recipe, options)
 
 
 def _kernels(
-    terminal: Terminal, models: ModelOptions, patches: PatchOptions, wanted: dict[str, Any], densities: str
+    terminal: Terminal,
+    models: ModelOptions,
+    patches: PatchOptions,
+    wanted: dict[str, Any],
+    densities: str,
+    out: Path | None,
 ) -> None:
     from hfpatch.evals.base import token_counts
     from hfpatch.evals.kernel_bench import bench_kernels
+    from hfpatch.report.kernels import HEADER, NOTE, cells, circumstances, write_kernel_report
 
-    options: dict[str, Any] = {key: wanted[key] for key in ("repeats", "warmup") if key in wanted}
+    options: dict[str, Any] = {key: wanted[key] for key in ("repeats", "warmup", "lists") if key in wanted}
     options |= {"kernels": patches.kernel.split(",")} if patches.kernel else {}
-    options |= {"lengths": token_counts("--lengths", wanted.get("lengths", "8k")), "device": models.device}
+    options |= {"device": models.device}
     options |= {"densities": [float(parse_size(part)) for part in densities.split(",")], "seed": terminal.seed or 0}
-    rows = []
+    folder = (out or Path("runs")) / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-bench-kernels"
+    rows: list[dict[str, Any]] = []
+    reports: list[Path] = []
     for dtype in models.dtype.split(",") if models.dtype else ("bf16", "fp32"):
-        terminal.say(f"timing in {dtype}, checked against the reference first")
-        rows += bench_kernels(dtype=dtype, **options)
-    numbers = ("kept", "dense ms", "kernel ms", "speed-up", "efficiency")
-    made = table("kernel", "dtype", "tokens", *numbers, "dense is", right=("tokens", *numbers))
+        for length in token_counts("--lengths", wanted.get("lengths", "8k")):
+            terminal.say(f"timing {length:,} tokens in {dtype}, checked against the reference first")
+            rows += bench_kernels(lengths=(length,), dtype=dtype, **options)
+            # what was measured stays, whatever happens to the rest
+            reports = write_kernel_report(rows, folder)
+    made = table(*HEADER, right=HEADER[3:10])
     for row in rows:
-        about = (row["kernel"], row["dtype"], f"{row['length']:,}", f"{100 * row['density']:.1f} %")
-        if row["refused"]:
-            made.add_row(*about, "–", "–", "–", "–", f"refused: {row['refused']}")
-            continue
-        times = (f"{row['dense_ms']:.1f}", f"{row['kernel_ms']:.1f}")
-        made.add_row(*about, *times, f"{row['speedup']:.2f}×", f"{row['efficiency']:.2f}", row["dense"])
-    first = rows[0]
-    place = f"{first['device_name']} · {first['threads']} threads · torch {first['torch']} · seed {first['seed']}"
-    note = "efficiency = dense time × realised density ÷ kernel time, medians, taking turns"
-    terminal.result({"rows": rows}, made, f"{note} · {place}")
+        made.add_row(*cells(row))
+    text = f"{NOTE}\n{circumstances(rows)}"
+    lines = [text, *(f"report: {path}" for path in reports)]
+    terminal.result({"rows": rows, "run": str(folder), "reports": [str(p) for p in reports]}, made, "\n".join(lines))

@@ -22,32 +22,38 @@ _CHECKPOINTS = {"packaged": "packaged:{}", "gguf": "from a .gguf file, sha256 {:
 class Part(StrEnum):
     samples = "samples"
     models = "models"
+    kernels = "kernels"
     all = "all"
 
 
 def add_to(app: typer.Typer) -> None:
     cache = typer.Typer(
-        name="cache", help="What is kept on disk between runs: drawn samples and checkpoints.", no_args_is_help=True
+        name="cache",
+        help="What is kept on disk between runs: samples, checkpoints, compiled kernels.",
+        no_args_is_help=True,
     )
     app.add_typer(cache)
 
     @command(cache, "list", "hfpatch cache list")
     def list_(terminal: Terminal) -> None:
-        """List samples and checkpoints with their sizes, and where they lie."""
-        from hfpatch.load import cache_dir
+        """List samples, checkpoints and compiled kernels with their sizes, and where they lie."""
+        from hfpatch.storage import cache_dir
 
-        samples, models = _samples(), _models()
-        total = sum(row["bytes"] for row in (*samples, *models))
+        samples, models, kernels = _samples(), _models(), _kernels()
+        total = sum(row["bytes"] for row in (*samples, *models, *kernels))
         made = table("what", "name", "cells", "samples", "size", right=("cells", "samples", "size"))
         for row in samples:
             counts = (f"{row['cells']:,}", f"{row['samples']:,}")
             made.add_row("samples", row["task"], *counts, _size(row["bytes"]))
         for row in models:
             made.add_row("model", row["name"], "–", "–", _size(row["bytes"]))
-        data = {"folder": str(cache_dir()), "bytes": total, "samples": samples, "models": models}
+        for row in kernels:
+            made.add_row("kernel", row["name"], "–", "–", _size(row["bytes"]))
+        data = {"folder": str(cache_dir()), "bytes": total}
+        data |= {"samples": samples, "models": models, "kernels": kernels}
         summary = f"{_size(total)} in {cache_dir()} (HFPATCH_CACHE sets the folder)."
-        clear = " Make room: hfpatch cache clear samples, or: models." if samples or models else ""
-        terminal.result(data, *([made] if samples or models else []), f"{summary}{clear}")
+        clear = " Make room: hfpatch cache clear samples, or: models, kernels." if total else ""
+        terminal.result(data, *([made] if total else []), f"{summary}{clear}")
 
     @command(cache, "clear", "hfpatch cache clear samples")
     def clear(
@@ -55,25 +61,30 @@ def add_to(app: typer.Typer) -> None:
         part: Annotated[Part, typer.Argument(help="What to remove.")] = Part.samples,
         yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before models are removed.")] = False,
     ) -> None:
-        """Remove drawn samples (drawn again when needed), or checkpoints (downloaded and de-quantised again).
+        """Remove what can be made again: drawn samples, checkpoints (downloaded, de-quantised), compiled kernels.
 
         Of the models only those that hfpatch made go, not the wheels in its cache nor the hub's.
         """
-        samples = _samples() if part is not Part.models else []
-        models = _models() if part is not Part.samples else []
+        samples = _samples() if part in (Part.samples, Part.all) else []
+        models = _models() if part in (Part.models, Part.all) else []
+        kernels = _kernels() if part in (Part.kernels, Part.all) else []
         # all that may stop it comes before anything is gone
         if models and not yes:
             _ask(terminal, models)
-        freed = sum(row["bytes"] for row in (*samples, *models))
+        freed = sum(row["bytes"] for row in (*samples, *models, *kernels))
         if samples:
             from hfpatch.evals import sample_cache
 
             sample_cache.clear()
         for row in models:
             _remove(Path(row["path"]))
+        for row in kernels:
+            Path(row["path"]).unlink(missing_ok=True)
         cells, count = sum(row["cells"] for row in samples), sum(row["samples"] for row in samples)
         data = {"samples": count, "cells": cells, "models": [row["name"] for row in models], "bytes": freed}
-        said = [f"{count:,} samples of {cells:,} cells"] * bool(samples) + [row["name"] for row in models]
+        data["kernels"] = [row["name"] for row in kernels]
+        said = [f"{count:,} samples of {cells:,} cells"] * bool(samples)
+        said += [row["name"] for row in (*models, *kernels)]
         terminal.result(data, f"removed {', '.join(said)}: {_size(freed)}." if said else "nothing to remove.")
 
 
@@ -92,7 +103,7 @@ def _samples() -> list[dict[str, Any]]:
 
 def _models() -> list[dict[str, Any]]:
     """The checkpoints that were made here. Half-made ones of killed processes have hidden names and are left alone."""
-    from hfpatch.load import cache_dir
+    from hfpatch.storage import cache_dir
 
     return [
         {"name": name.format(folder.name), "path": str(folder), "bytes": _bytes(folder)}
@@ -100,6 +111,14 @@ def _models() -> list[dict[str, Any]]:
         for folder in sorted((cache_dir() / kind).glob("[!.]*"))
         if folder.is_dir()
     ]
+
+
+def _kernels() -> list[dict[str, Any]]:
+    """Compiled libraries, those of other versions too."""
+    from hfpatch.storage import cache_dir
+
+    found = sorted((cache_dir() / "kernels").glob("[!.]*.so"))
+    return [{"name": path.name, "path": str(path), "bytes": path.stat().st_size} for path in found]
 
 
 def _ask(terminal: Terminal, models: Sequence[dict[str, Any]]) -> None:
