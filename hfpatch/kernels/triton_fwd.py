@@ -133,6 +133,7 @@ def blocks_fwd_kernel(
     blk_cnt,
     col_idx,
     col_cnt,
+    schedule,
     scale,
     inner,
     q_b,
@@ -170,11 +171,12 @@ def blocks_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Listed key blocks, then listed key columns. Grid: (query blocks * TILES_Q, B * GRID_HEADS)."""
-    tile = tl.program_id(0)
-    batch = (tl.program_id(1) // GRID_HEADS).to(tl.int64)
-    group = tl.program_id(1) % GRID_HEADS
-    block, part = tile // TILES_Q, tile % TILES_Q
+    """Listed key blocks, then listed key columns. Grid: (B * GRID_HEADS * query blocks * TILES_Q, 1)."""
+    place = tl.load(schedule + tl.program_id(0) // TILES_Q)
+    part = tl.program_id(0) % TILES_Q
+    block = place % num_lists
+    batch = (place // num_lists // GRID_HEADS).to(tl.int64)
+    group = place // num_lists % GRID_HEADS
     first = block * BLOCK_Q + part * BLOCK_M // HEADS
     if first >= q_len:
         return
