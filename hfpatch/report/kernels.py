@@ -13,8 +13,10 @@ from hfpatch.report.run import write_atomically
 from hfpatch.report.words import tokens_text
 
 NOTE = "efficiency = dense time × realised density ÷ kernel time, medians, taking turns"
-HEADER = ("kernel", "dtype", "lists per", "tokens", "kept", "dense ms", "kernel ms", "speed-up", "efficiency")
-HEADER += ("extra memory", "inner loop")
+HEADER = (
+    *("kernel", "dtype", "lists per", "tokens", "kept", "dense ms", "kernel ms", "speed-up", "efficiency"),
+    *("extra memory", "inner loop"),
+)
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 Row = Mapping[str, Any]
@@ -95,8 +97,8 @@ def _draw(chart: Chart) -> Any:
     for number, ((kernel, dtype, lists, length), points) in enumerate(series.items()):
         x, y = zip(*sorted(points), strict=True)
         label = f"{kernel} {dtype} {tokens_text(length)}, a list per {lists} head"
-        style = {"color": _COLOURS[number % len(_COLOURS)], "marker": "os^Dvx"[number // len(_COLOURS) % 6]}
-        axes.plot(x, y, label=label, ms=4, lw=1.5, **style)
+        colour, marker = _COLOURS[number % len(_COLOURS)], "os^Dvx"[number // len(_COLOURS) % 6]
+        axes.plot(x, y, label=label, color=colour, marker=marker, ms=4, lw=1.5)
     axes.axhline(1, color=INK, lw=0.9, ls="--")
     axes.set_ylim(bottom=0)
     axes.set(xlabel="realised density (kept share of the causal pairs)", ylabel="efficiency")
