@@ -1,4 +1,5 @@
-"""Write the option tables of docs/methods/*.md and docs/evals/*.md and the tables of patchers and tasks from the code.
+"""Write the option tables of docs/methods/*.md, docs/evals/*.md and docs/calibrate.md, and the tables of patchers and
+tasks, from the code.
 
 python docs/generate.py            rewrite what lies between the markers
 python docs/generate.py --check    exit 1 if something is out of date
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import hfpatch.evals  # noqa: F401  registers the tasks
 import hfpatch.methods  # noqa: F401  registers the patchers
+from hfpatch.calibrate import calibrations
 from hfpatch.evals.base import TASKS
 from hfpatch.registry import METHODS
 
@@ -51,6 +53,14 @@ def task_table() -> str:
     return "\n".join(rows)
 
 
+def calibration_table() -> str:
+    rows = ["| patch | `--what` | file | what it finds |", "|---|---|---|---|"]
+    for cls in calibrations():
+        page = f"methods/{METHODS.get(cls.patcher).__module__.rsplit('.', 1)[1]}.md"
+        rows.append(f"| [`{cls.patcher}`]({page}) | `{cls.name}` | `{cls.suffix}` | {cls.summary} |")
+    return "\n".join(rows)
+
+
 def fill(text: str, marker: str, content: str) -> str:
     pattern = rf"(<!-- {re.escape(marker)} -->\n).*?(<!-- end -->)"
     return re.sub(pattern, lambda m: m[1] + content + "\n" + m[2], text, flags=re.S)
@@ -62,6 +72,8 @@ def main() -> int:
     for name, cls in METHODS.items():
         page = ROOT / "docs" / "methods" / f"{cls.__module__.rsplit('.', 1)[1]}.md"
         pages.setdefault(page, {})[f"options {name}"] = option_table(cls)
+    tables = {f"options {cls.format()}": option_table(cls) for cls in calibrations()}
+    pages[ROOT / "docs" / "calibrate.md"] = {"calibrations": calibration_table(), **tables}
     pages[ROOT / "docs" / "evaluations.md"] = {"tasks": task_table()}
     for page in sorted((ROOT / "docs" / "evals").glob("*.md")):
         pages[page] = {f"options {name}": option_table(cls) for name, cls in TASKS.items()}

@@ -3,6 +3,32 @@
 Importing this package registers the tasks named below.
 """
 
-from hfpatch.evals import babilong, fidelity, infinitebench, longbench, niah, perplexity, retrieval, ruler
+from hfpatch.evals import (
+    babilong,
+    chair,
+    colored_objects,
+    counterfactual,
+    fidelity,
+    infinitebench,
+    longbench,
+    niah,
+    perplexity,
+    pope,
+    retrieval,
+    ruler,
+)
 
-__all__ = ["babilong", "fidelity", "infinitebench", "longbench", "niah", "perplexity", "retrieval", "ruler"]
+__all__ = [
+    "babilong",
+    "chair",
+    "colored_objects",
+    "counterfactual",
+    "fidelity",
+    "infinitebench",
+    "longbench",
+    "niah",
+    "perplexity",
+    "pope",
+    "retrieval",
+    "ruler",
+]

@@ -50,6 +50,7 @@ class Sample:
         shared: the first tokens of `ids` that neighbouring samples of the cell begin with too, so that their keys and
             values can be kept; 0 = none.
         meta: JSON-able facts for `Task.score`.
+        image: name of the picture that goes with the prompt; `ids` hold its tokens.
     """
 
     id: int
@@ -63,11 +64,15 @@ class Sample:
     refused: str | None = None
     shared: int = 0
     meta: dict[str, Any] = field(default_factory=dict)
+    image: str | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one arm made of a sample. Times in ms (`decode_ms` per token), scores per metric, `extra`: more row keys."""
+    """What one arm made of a sample. Times in ms (`decode_ms` per token), scores per metric, `extra`: more row keys.
+
+    A key `weights` there, metric -> weight, makes the mean of that metric over samples a weighted one.
+    """
 
     output: str = ""
     output_tokens: int = 0
@@ -157,6 +162,14 @@ class Task(Options):
         )
 
     @classmethod
+    def reader(cls, processor: Any) -> Any:
+        """What `draw` and `run` get of a model's processor: its tokenizer; tasks on pictures take all of it.
+
+        Raises UnsupportedError if the task needs more than there is.
+        """
+        return getattr(processor, "tokenizer", processor)
+
+    @classmethod
     def generates(cls) -> bool:
         """Whether answers are generated, so that samples can share a batch or a prefix."""
         return cls.run is Task.run and not cls.paired
@@ -219,5 +232,6 @@ def depths_of(where: str, value: Any) -> tuple[float, ...]:
 
 
 def prompt_sha(sample: Sample) -> str:
-    """sha256 of the prompt's token ids: equal prompts under equal tokenizers give equal values."""
-    return hashlib.sha256(" ".join(map(str, sample.ids)).encode()).hexdigest()
+    """sha256 of the prompt's token ids and its picture's name: equal prompts under equal tokenizers, equal values."""
+    picture = "" if sample.image is None else f" {sample.image}"
+    return hashlib.sha256(f"{' '.join(map(str, sample.ids))}{picture}".encode()).hexdigest()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hfpatch.evals import arms, haystack, latency, memory
 from hfpatch.evals.base import Options, option, token_counts
-from hfpatch.evals.progress import Progress
+from hfpatch.progress import Progress
 
 Row = dict[str, Any]
 
@@ -81,7 +81,15 @@ class Bencher:
         {"prefill": self._prefill, "decode": self._decode, "memory": self._memory}[what](tokens)
 
     def _prefill(self, tokens: Tensor) -> None:
-        self._take_turns("prefill", tokens, lambda arm: latency.prefill(self.model, tokens)[0])
+        clock = latency.SelectionClock()
+
+        def measure(arm: str) -> Row:
+            if arm != arms.PATCHED:
+                return {"ms": latency.prefill(self.model, tokens)[0]}
+            with self.handle.watched(clock):
+                return {"ms": latency.prefill(self.model, tokens)[0], "selection_ms": clock.take_ms()}
+
+        self._take_turns("prefill", tokens, measure)
 
     def _decode(self, tokens: Tensor) -> None:
         caches = {}
@@ -89,32 +97,30 @@ class Bencher:
             with arms.running(self.handle, arm):
                 caches[arm] = latency.prefill(self.model, tokens)[1:]
         steps = self.bench.decode_tokens
-        self._take_turns("decode", tokens, lambda arm: latency.decode(self.model, *caches[arm], steps))
+        self._take_turns("decode", tokens, lambda arm: {"ms": latency.decode(self.model, *caches[arm], steps)})
 
     def _memory(self, tokens: Tensor) -> None:
         for arm in self.names:
             with arms.running(self.handle, arm):
                 memory.measure(self.model, tokens, 1)
                 found = memory.measure(self.model, tokens, self.bench.decode_tokens)
-            self._write("memory", arm, tokens, 0, None, found)
+            self._write("memory", arm, tokens, 0, found)
 
-    def _take_turns(self, what: str, tokens: Tensor, measure: Callable[[str], float]) -> None:
+    def _take_turns(self, what: str, tokens: Tensor, measure: Callable[[str], Row]) -> None:
         for turn in range(self.bench.turns(what)):
             for arm in arms.alternated(self.names, turn):
                 with arms.running(self.handle, arm):
-                    ms = measure(arm)
+                    found = measure(arm)
                 if turn >= self.bench.warmup:
-                    self._write(what, arm, tokens, turn - self.bench.warmup, ms)
+                    self._write(what, arm, tokens, turn - self.bench.warmup, found)
                 elif turn == 0 and what == "prefill":
-                    self._write("first_call", arm, tokens, 0, ms)
+                    self._write("first_call", arm, tokens, 0, found)
                 else:
                     self.progress.advance(f"warm-up {what} {tokens.shape[1]} {arm}")
 
-    def _write(
-        self, what: str, arm: str, tokens: Tensor, repeat: int, ms: float | None, found: Row | None = None
-    ) -> None:
+    def _write(self, what: str, arm: str, tokens: Tensor, repeat: int, found: Row) -> None:
         batch, length = tokens.shape
-        row = {"arm": arm, "what": what, "length": length, "repeat": repeat, "ms": ms, "batch": batch, **(found or {})}
+        row = {"arm": arm, "what": what, "length": length, "repeat": repeat, "batch": batch, **found}
         row |= {"baseline": self.baseline, "seed": self.seed, "density": 1.0, "kernel": self.baseline}
         if arm == arms.PATCHED:
             report = self.handle.report()

@@ -66,11 +66,13 @@ class Prefix:
     @classmethod
     @torch.no_grad()
     def of(cls, model: Any, tokens: list[int]) -> Prefix | None:
-        """The kept text; None if this model's cache cannot be cut back (sliding windows forget)."""
+        """The kept text; None if the cache cannot be cut back (windows forget)."""
         inputs = torch.tensor([tokens], device=model.device)
         cache = cache_of(model(input_ids=inputs, use_cache=True, logits_to_keep=1))
         layers = getattr(cache, "layers", None)
         if not layers or any(getattr(layer, "is_sliding", False) or not hasattr(layer, "crop") for layer in layers):
+            return None
+        if any(getattr(layer, "short", None) is not None for layer in layers):
             return None
         return cls(tokens, cache)
 

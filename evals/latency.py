@@ -8,12 +8,46 @@ the first call, which is told apart.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hfpatch.evals.generation import cache_argument, cache_of, synchronize
+
+
+class SelectionClock:
+    """Sums the time in which layers choose their keys, for `PatchHandle.watched`: wall time on a CPU, on a GPU the time
+    between two events around the choice, which does not wait for it.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: float | None = None
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __call__(self, function: Callable[..., Any], bound: Any, call: Any) -> Any:
+        if call.query.is_cuda:
+            with torch.cuda.device(call.query.device):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                made = function(bound, call)
+                end.record()
+            self._events.append((begin, end))
+            return made
+        started = time.perf_counter()
+        made = function(bound, call)
+        self._seconds = (self._seconds or 0.0) + time.perf_counter() - started
+        return made
+
+    def take_ms(self) -> float | None:
+        """ms since it was last asked, None if no layer has chosen anything. Waits for the GPU."""
+        parts = [] if self._seconds is None else [1e3 * self._seconds]
+        for begin, end in self._events:
+            end.synchronize()
+            parts.append(begin.elapsed_time(end))
+        self._seconds, self._events = None, []
+        return sum(parts) if parts else None
 
 
 @torch.no_grad()

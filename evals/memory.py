@@ -15,6 +15,8 @@ from torch import Tensor
 from hfpatch.evals.latency import decode, prefill
 
 MB = 1024**2
+# what a cache layer holds; short ones only where heads have forgotten, see hfpatch.eviction
+_STORED = ("keys", "values", "short_keys", "short_values")
 
 
 def weight_bytes(model: Any) -> int:
@@ -25,7 +27,7 @@ def weight_bytes(model: Any) -> int:
 
 def kv_bytes(cache: Any) -> int:
     """Keys and values of all layers, as they are stored now."""
-    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in _STORED]
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 

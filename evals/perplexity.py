@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hfpatch.errors import ConfigError, DataMissingError
+from hfpatch.errors import ConfigError, DataMissingError, HFPatchWarning
 from hfpatch.evals import haystack
 from hfpatch.evals.base import Cell, Outcome, Sample, Task, option, register_task, token_counts
 from hfpatch.evals.logits import read
+from hfpatch.patch import active
 
 
 @register_task
@@ -104,9 +106,22 @@ class Perplexity(Task):
             yield Sample(number, cell, seed, window, meta={"tokens": new})
 
     def run(self, model: Any, tokenizer: Any, sample: Sample) -> Outcome:
+        _warn_of_what_looks_ahead(model)
         new = sample.meta["tokens"]
         nll = read(model, sample.ids, new + 1).nll(sample.ids[-new:])
         return Outcome(finish="length", scores={"nll": float(nll.double().mean())}, extra={"tokens": new})
+
+
+def _warn_of_what_looks_ahead(model: Any) -> None:
+    """A token that is predicted must not have taken part in how it is predicted."""
+    methods = [part.method for handle in active(model) if handle.active for part in handle.parts]
+    if names := sorted({method.name for method in methods if method.reads_ahead}):
+        warnings.warn(
+            f"{', '.join(names)}: later tokens of a window take part in what is done at earlier ones, so its "
+            "perplexity is not that of a causal model and may be too low. Compare generated answers instead.",
+            HFPatchWarning,
+            stacklevel=2,
+        )
 
 
 _ENDLESS = ("builtin", "essays")

@@ -13,8 +13,9 @@ import torch
 from hfpatch.errors import ConfigError
 from hfpatch.evals import arms, generation
 from hfpatch.evals.base import Outcome, Sample, Task, prompt_sha
-from hfpatch.evals.progress import Progress
 from hfpatch.evals.shards import Shard
+from hfpatch.progress import Progress
+from hfpatch.report.image_cost import KEYS
 from hfpatch.report.run import RunDir
 
 Key = tuple[Hashable, ...]
@@ -25,6 +26,7 @@ class Evaluation:
     """A model, its patch and the run that the rows go to.
 
     Attributes:
+        processor: the model's, or its tokenizer.
         names: the arms that are run.
         attn: name of the dense attention implementation.
         seed: of the samples.
@@ -35,7 +37,7 @@ class Evaluation:
     """
 
     model: Any
-    tokenizer: Any
+    processor: Any
     handle: Any
     names: Sequence[str]
     attn: str
@@ -51,7 +53,8 @@ class Evaluation:
 
     def task(self, task: Task, limit: int | None = None) -> None:
         """Run the first `limit` samples of a task (all: None)."""
-        drawn = (s for cell in task.cells() for s in task.draw(self.tokenizer, cell, self.seed, self.context))
+        reader = task.reader(self.processor)
+        drawn = (s for cell in task.cells() for s in task.draw(reader, cell, self.seed, self.context))
         for turn, group in enumerate(self._groups(task, itertools.islice(drawn, limit))):
             if self.shard.has(turn):
                 self._group(task, group, arms.alternated(self.names, turn))
@@ -116,9 +119,9 @@ class Evaluation:
         try:
             with arms.running(self.handle, arm):
                 if task.generates():
-                    outcomes = task.run_batch(self.model, self.tokenizer, group)
+                    outcomes = task.run_batch(self.model, task.reader(self.processor), group)
                 else:
-                    outcomes = [task.run(self.model, self.tokenizer, sample) for sample in group]
+                    outcomes = [task.run(self.model, task.reader(self.processor), sample) for sample in group]
         except Exception as error:
             if len(group) > 1:
                 # one bad prompt, or too little memory for all: the others shall not fail with it
@@ -151,7 +154,7 @@ class Evaluation:
         for sample in group:
             try:
                 with arms.running(self.handle, arm):
-                    (outcome,) = task.run_batch(self.model, self.tokenizer, [sample], prefix)
+                    (outcome,) = task.run_batch(self.model, task.reader(self.processor), [sample], prefix)
             except Exception as error:
                 prefix.cut_back()
                 outcome, said = _failed(task), _text(error)
@@ -165,7 +168,7 @@ class Evaluation:
     def _together(self, task: Task, sample: Sample, wanted: Sequence[str]) -> None:
         self._reset()
         try:
-            outcomes = task.compare(self.model, self.handle, self.tokenizer, sample)
+            outcomes = task.compare(self.model, self.handle, task.reader(self.processor), sample)
         except Exception as error:
             for arm in wanted:
                 self._write(task, sample, arm, Outcome(), _text(error))
@@ -226,7 +229,9 @@ class Evaluation:
             return {"density_prefill": 1.0, "density_decode": 1.0, "kernel": self.attn, "fallbacks": {}}
         report = self.handle.report()
         facts = report.to_dict()
+        images = report.images
         return {
+            **({"image_tokens": {key: getattr(images, key) for key in KEYS}} if images is not None else {}),
             "density_prefill": report.density("prefill"),
             "density_decode": report.density("decode"),
             "kernel": arms.kernels_used(facts),

@@ -15,17 +15,18 @@ from hfpatch.doctor import doctor
 from hfpatch.errors import ConfigError, DataMissingError, HFPatchError
 from hfpatch.evals.bench import Bencher
 from hfpatch.evals.latency import dense_name, use_best_dense
-from hfpatch.evals.progress import Progress, Silent
 from hfpatch.evals.quality import Evaluation
 from hfpatch.evals.shards import Shard
 from hfpatch.evals.work import Work, context_of
 from hfpatch.load import Loaded, load
 from hfpatch.patch import active
 from hfpatch.patch import patch as put_on
+from hfpatch.progress import Progress, Silent
 from hfpatch.recipe import PatchSpec, Recipe, load_recipe
 from hfpatch.report.render import render
 from hfpatch.report.results import summarise
 from hfpatch.report.run import RunDir
+from hfpatch.spans import reading
 
 MAX_FAILED = 0.05
 """Share of failed samples above which a run as a whole has failed."""
@@ -80,14 +81,15 @@ def run_recipe(
     notes = work.check_context(loaded.model)
     for task in work.tasks:
         # a length too short for the prompt, or data without a row, is said now, not in the middle
-        if next(task.draw(tokenizer, task.cells()[0], _seed(recipe), context_of(loaded.model)), None) is None:
+        reader = task.reader(loaded.processor)
+        if next(task.draw(reader, task.cells()[0], _seed(recipe), context_of(loaded.model)), None) is None:
             raise DataMissingError(f"{task.name} has no samples in {task.cells()[0]}. {' '.join(task.notes())}")
         notes += task.notes()
     if limit is not None:
         notes.append(f"LIMITED RUN – not comparable: the first {limit} samples of each task")
     run: RunDir | None = None
     try:
-        with _deterministic(recipe.runtime.deterministic), _patched(loaded, recipe) as handle:
+        with _deterministic(recipe.runtime.deterministic), reading(tokenizer), _patched(loaded, recipe) as handle:
             if shard.is_main:
                 if resume is not None:
                     run = RunDir.resume(resume, recipe.hash())
@@ -102,7 +104,7 @@ def run_recipe(
             for note in notes if shard.is_main else ():
                 progress.line(note)
                 run.log(note)
-            broken = _measure(work, recipe, loaded.model, tokenizer, handle, run, limit, progress, shard)
+            broken = _measure(work, recipe, loaded.model, loaded.processor, handle, run, limit, progress, shard)
     except KeyboardInterrupt:
         if run is None or not shard.is_main:
             raise
@@ -139,7 +141,7 @@ def _measure(
     work: Work,
     recipe: Recipe,
     model: Any,
-    tokenizer: Any,
+    processor: Any,
     handle: Any,
     run: RunDir,
     limit: int | None,
@@ -151,7 +153,7 @@ def _measure(
     shard.collect(run)
     done = shard.agree(run.done() if shard.is_main else None)
     evaluation = Evaluation(
-        model, tokenizer, handle, work.names, attn, _seed(recipe), run, progress, recipe.output.save_prompts,
+        model, processor, handle, work.names, attn, _seed(recipe), run, progress, recipe.output.save_prompts,
         context_of(model), done, recipe.generation.batch_size, recipe.generation.reuse_context, shard,
     )  # fmt: skip
     parts = work.bench.unfinished(run.bench(), work.names) if work.bench and shard.is_main else []
@@ -165,6 +167,7 @@ def _measure(
     if work.bench is None:
         return []
     seed = recipe.runtime.seed
+    tokenizer = getattr(processor, "tokenizer", processor)
     bencher = Bencher(model, tokenizer, handle, work.bench, work.names, attn, seed, run.append_bench, progress)
     broken = []
     for part in parts:

@@ -19,13 +19,13 @@ import torch
 from hfpatch.errors import ConfigError, HFPatchError
 from hfpatch.evals.arms import DENSE
 from hfpatch.evals.base import TASKS
-from hfpatch.evals.progress import Progress, Silent
 from hfpatch.evals.run import load_model, run_recipe
 from hfpatch.evals.shards import Shard
 from hfpatch.evals.work import Work
 from hfpatch.kernels import check_name
 from hfpatch.load import Loaded
 from hfpatch.patch import get_patcher
+from hfpatch.progress import Progress, Silent
 from hfpatch.recipe import Point, Recipe
 from hfpatch.report.run import RunDir, sample_key
 from hfpatch.report.sweep import SweepDir, render_sweep

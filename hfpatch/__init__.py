@@ -20,7 +20,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hfpatch import errors
+    from hfpatch.calibrate import calibrate
     from hfpatch.doctor import doctor
+    from hfpatch.evals.diagnose import diagnose
     from hfpatch.evals.run import bench, evaluate
     from hfpatch.load import Loaded, load
     from hfpatch.methods.base import Card, Method, register_patcher
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "bench": "hfpatch.evals.run",
+    "calibrate": "hfpatch.calibrate",
+    "diagnose": "hfpatch.evals.diagnose",
     "evaluate": "hfpatch.evals.run",
     "doctor": "hfpatch.doctor",
     "Loaded": "hfpatch.load",
@@ -62,6 +66,8 @@ __all__ = [
     "Recipe",
     "active",
     "bench",
+    "calibrate",
+    "diagnose",
     "doctor",
     "errors",
     "evaluate",

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from hfpatch.calibrated import ModelSizes
+from hfpatch.costs import LayerCost
 from hfpatch.errors import UnsupportedError
 
 
@@ -47,6 +49,17 @@ class Anatomy:
     @property
     def head_dim(self) -> int:
         return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.num_heads)
+
+    @property
+    def sizes(self) -> ModelSizes:
+        return ModelSizes(self.num_layers, self.num_heads, self.num_key_value_heads, self.head_dim)
+
+    @property
+    def layer_cost(self) -> LayerCost:
+        parameter = next(self.text.parameters())
+        return LayerCost.of(
+            self.config, self.num_heads, self.num_key_value_heads, self.head_dim, parameter.element_size()
+        )
 
     def configs(self) -> list[Any]:
         """The distinct config objects that name the attention implementation of the text layers."""

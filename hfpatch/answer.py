@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfpatch.errors import ConfigError, DataMissingError, UnsupportedError
+from hfpatch.errors import ConfigError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def encode(
     system: str | None = None,
 ) -> Mapping[str, Tensor]:
     """The model's inputs, batch of one. Raises UnsupportedError for an image that the model cannot see."""
-    from hfpatch.evals.prompts import render, template_mode
+    from hfpatch.evals.pictures import open_picture
+    from hfpatch.evals.prompts import encode_pictures, render, render_picture, template_mode
 
     mode = template_mode(chat_template)
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -64,27 +65,10 @@ def encode(
         raise UnsupportedError(
             f"{type(processor).__name__} takes no images: this model reads text only. Leave out --image."
         )
-    picture = _open(image)
-    if mode != "off" and getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        turns = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
-        turns.append({"role": "user", "content": content})
-        text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    else:
-        text = f"{getattr(processor, 'image_token', '<image>')}\n{prompt}"
-    encoded: Mapping[str, Tensor] = processor(text=[text], images=[picture], return_tensors="pt")
+    picture = open_picture(image)
+    text = render_picture(processor, prompt, system=system, mode=mode)
+    encoded: Mapping[str, Tensor] = encode_pictures(processor, [text], [picture])
     return encoded
-
-
-def _open(path: Path) -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise UnsupportedError("images need the pillow package: pip install pillow") from error
-    try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:
-        raise DataMissingError(f"cannot read image {str(path)!r}: {error}.") from error
 
 
 def check_length(model: Any, inputs: Mapping[str, Tensor], max_new_tokens: int) -> int:

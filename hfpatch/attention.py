@@ -11,7 +11,7 @@ import sys
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,10 +22,14 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hfpatch.call import AttentionCall, Layout, Phase, SequenceState, find_layouts, split_padding
-from hfpatch.errors import HFPatchWarning, KernelUnavailableError
+from hfpatch.costs import ImageCosts, LayerCost
+from hfpatch.errors import HFPatchWarning, KernelUnavailableError, UnsupportedError
+from hfpatch.eviction import forget, is_cut
+from hfpatch.images import Look, Merge
 from hfpatch.kernels import Choice, attend, choose, empty_result, put_rows
 from hfpatch.methods.base import Method
 from hfpatch.plan import Dense, Plan
+from hfpatch.tower import Tap
 
 NAME = "hfpatch"
 
@@ -112,18 +116,24 @@ class Forward:
         past: tokens in the cache before this forward.
         masks: translations of the mask, by form.
         current: slots of the prompt that are still there, int64 [B, n]; None before anything was pruned.
-        kept: what the layer that runs now decided to keep, relative to `current`.
+        kept: what the method on the layer that runs now decided to keep, relative to `current`; see `Method.prune`.
+        compact: positions are numbered anew from the first pruning on.
         whole: hidden states at the prompt's length, [B, prompt_len, hidden], from the first pruning on.
         prunable: the cache lets layers hold different lengths.
+        cache: the KV cache; None where the model makes one itself, or has none.
+        later: what is to be done to such a cache once it is there.
     """
 
     past: int
     state: SequenceState
     masks: dict[Any, Any] = field(default_factory=dict)
     current: Tensor | None = None
-    kept: Tensor | None = None
+    kept: tuple[Bound, Tensor | Merge] | None = None
+    compact: bool = False
     whole: Tensor | None = None
     prunable: bool = True
+    cache: Any = None
+    later: list[Callable[[Any], None]] = field(default_factory=list)
 
     def image_mask(self, layer_idx: int, kv_len: int) -> Tensor | None:
         """bool [B, kv_len] in one layer's own slots."""
@@ -144,7 +154,15 @@ class Engine:
         states: what methods remember about sequences, by their cache.
         image_mask: of the tokens that are about to run, from `request.py`; consumed by the text model's next forward.
         store: what `request` methods left for the sequences that start next.
+        looks: what they want to see of the prompt that is about to run.
+        tap: on the vision tower, where a method needs it.
+        asking: the module whose forward that is.
+        ahead: pruners that go by the queries and keys of the next layer, by layer.
+        ahead_now: those of them that are being asked: attention only lets them see its call.
+        image_costs: of the prompts with images since the last reset.
+        layer_cost: to count with; None: the engine belongs to no model.
         bypass: run everything dense for now.
+        watch: calls `plan_for` in place of the layers, to take its time.
     """
 
     num_layers: int
@@ -155,7 +173,21 @@ class Engine:
     states: weakref.WeakKeyDictionary[Any, SequenceState] = field(default_factory=weakref.WeakKeyDictionary)
     image_mask: Tensor | None = None
     store: dict[Any, Any] = field(default_factory=dict)
+    looks: list[tuple[Bound, Look]] = field(default_factory=list)
+    tap: Tap | None = None
+    asking: nn.Module | None = None
+    ahead: dict[int, list[Bound]] = field(default_factory=dict)
+    ahead_now: Sequence[Bound] = ()
+    image_costs: ImageCosts = field(default_factory=ImageCosts)
+    layer_cost: LayerCost | None = None
     bypass: bool = False
+    watch: Callable[..., Plan] | None = None
+
+    def stop_asking(self) -> None:
+        """The forward before which methods were asked is over."""
+        if self.tap is not None:
+            self.tap.seen.clear()
+        self.looks, self.asking = [], None
 
     def fall_back(self, what: str, reason: str, strict: bool) -> None:
         """Count a fallback to dense or to a slower kernel, and say so once; an error under strict."""
@@ -186,6 +218,19 @@ def attach(module: nn.Module, layer: Layer) -> None:
 
 def detach(module: nn.Module) -> None:
     _LAYERS.pop(module, None)
+
+
+def show_ahead(engine: Engine, decoder_layer: nn.Module, bounds: Sequence[Bound], kwargs: dict[str, Any]) -> None:
+    """Have pruners see the queries and keys that a decoder layer's attention would make; nothing else happens in it.
+
+    `kwargs`: the attention module's.
+    """
+    module = next(m for m in decoder_layer.modules() if m in _LAYERS)
+    engine.ahead_now = bounds
+    try:
+        module(**kwargs)
+    finally:
+        engine.ahead_now = ()
 
 
 def register() -> None:
@@ -254,7 +299,7 @@ def attention_forward(
         # the unfilled end of a static cache
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
     kwargs.update(scaling=scaling, dropout=dropout)
-    if layer is None or not layer.busy or layer.engine.bypass:
+    if layer is None or layer.engine.bypass or not (layer.busy or layer.engine.ahead_now):
         return run_dense(module, query, key, value, attention_mask, layer, kwargs)
     try:
         return _patched(module, layer, query, key, value, attention_mask, kwargs)
@@ -281,9 +326,16 @@ def _patched(
     phase = _phase(forward, query.shape[2], key.shape[2])
     planner = layer.planner if layer.planner is not None and phase in layer.planner.phases else None
     adjusters = [b for b in layer.adjusters if phase in b.phases]
-    pruners = layer.pruners if phase == "prefill" else []
+    pruners = [b for b in layer.pruners if not b.method.looks_ahead] if phase == "prefill" else []
+    if engine.ahead_now:
+        planner, adjusters, pruners = None, [], list(engine.ahead_now)
     reason = _not_ours(module, mask, kwargs)
     if reason is not None:
+        if forward is not None and is_cut(forward.cache, layer.layer_idx):
+            raise UnsupportedError(
+                f"{reason}, so that this step would run dense, and heads of its KV cache have forgotten tokens. Start "
+                "from the prompt, or patch so that the cache stays whole (kv=keep)."
+            )
         for bound in (*((planner,) if planner else ()), *adjusters, *pruners):
             engine.fall_back(f"{bound.method.name} runs dense", reason, bound.strict)
             bound.count(phase, "dense", _own(module), {}, 1.0)
@@ -318,8 +370,11 @@ def _patched(
             reason = "a static cache cannot hold a different length in every layer; use the default dynamic cache"
             engine.fall_back(f"{bound.method.name} prunes nothing", reason, bound.strict)
         elif (kept := bound.method.prune(call)) is not None:
-            forward.kept = kept
-            bound.count(phase, f"prune to {kept.shape[1]} tokens", "", {}, kept.shape[1] / call.q_len)
+            forward.kept = bound, kept
+    if engine.ahead_now:
+        return torch.zeros_like(query).transpose(1, 2), None
+    if planner is not None:
+        forget(engine, planner, call, _plans(module, planner.method))
     result = _run_plan(planner, call, engine) if planner is not None else None
     if result is None and planner is not None:
         planner.count(phase, "Dense", _own(module), {}, 1.0)
@@ -330,7 +385,7 @@ def _patched(
         result = dense.transpose(1, 2), None
     out, lse = result if result is not None else attend(call, Dense())
     for bound in adjusters:
-        adjusted = bound.method.adjust(call, out, lse)
+        adjusted = bound.method.adjust(replace(call, heads=bound.heads), out, lse)
         if bound.heads is not None:
             index = torch.tensor(bound.heads, device=out.device)
             adjusted = out.index_copy(1, index, adjusted[:, index])
@@ -338,6 +393,17 @@ def _patched(
         if bound is not planner:
             bound.count(phase, "adjust", "", {}, 1.0)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _plans(module: nn.Module, method: Method) -> Callable[[], bool]:
+    """Tells at any later time whether `method` plans in this module."""
+
+    def still() -> bool:
+        layer = _LAYERS.get(module)
+        planner = layer.planner if layer is not None and not layer.engine.bypass else None
+        return planner is not None and planner.method == method
+
+    return still
 
 
 def _run_plan(
@@ -350,21 +416,23 @@ def _run_plan(
     if bound.heads is not None:
         return _run_some_heads(bound, bound.heads, call, engine)
     if call.mask is None:
-        plan = plan_for(bound, call)
+        plan = _plan(bound, call, engine)
         if plan.keeps_all(call):
             return None
         choice = _choose(bound, call, plan, engine)
         density = 1.0 - share * (1.0 - plan.density(call))
         bound.count(call.phase, type(plan).__name__, choice.name, choice.refused, density)
+        call.plans.append((call.heads, None, plan))
         return choice.run(call, plan)
     parts = split_padding(call, engine.layouts(call))
-    plans = [plan_for(bound, part.call) for part in parts]
+    plans = [_plan(bound, part.call, engine) for part in parts]
     if all(plan.keeps_all(part.call) for plan, part in zip(plans, parts, strict=True)):
         return None
     out, lse = empty_result(call)
     kept: Tensor | float = 0.0
     for part, plan in zip(parts, plans, strict=True):
         choice = _choose(bound, part.call, plan, engine)
+        call.plans.append((call.heads, part.layout, plan))
         kept = kept + plan.density(part.call) * (len(part.layout.rows) / call.query.shape[0])
         part_out, part_lse = choice.run(part.call, plan)
         put_rows(out, part.layout, part_out)
@@ -378,19 +446,22 @@ def _run_some_heads(
     bound: Bound, heads: tuple[int, ...], call: AttentionCall, engine: Engine
 ) -> tuple[Tensor, Tensor | None] | None:
     """The plan on the chosen query heads, dense on the others."""
-    device = call.query.device
-    chosen = torch.tensor(heads, device=device)
     share = len(heads) / call.query.shape[1]
-    sparse = _run_plan(replace(bound, heads=None), call.select_heads(chosen), engine, share)
+    part = replace(call.some_heads(heads), heads=heads)
+    sparse = _run_plan(replace(bound, heads=None), part, engine, share)
     if sparse is None:
         return None
-    others = torch.tensor([h for h in range(call.query.shape[1]) if h not in heads], dtype=torch.long, device=device)
-    if others.numel() == 0:
+    others = [h for h in range(call.query.shape[1]) if h not in heads]
+    if not others:
         return sparse
-    dense = attend(call.select_heads(others), Dense())
-    order = torch.cat([chosen, others]).argsort()
+    dense = attend(call.some_heads(others), Dense())
+    order = torch.tensor([*heads, *others], device=call.query.device).argsort()
     lse = None if sparse[1] is None or dense[1] is None else torch.cat([sparse[1], dense[1]], 1)[:, order]
     return torch.cat([sparse[0], dense[0]], 1)[:, order], lse
+
+
+def _plan(bound: Bound, call: AttentionCall, engine: Engine) -> Plan:
+    return plan_for(bound, call) if engine.watch is None else engine.watch(plan_for, bound, call)
 
 
 def plan_for(bound: Bound, call: AttentionCall) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -9,6 +10,23 @@ import torch
 from torch import Tensor
 
 Phase = Literal["prefill", "extend", "decode"]
+
+
+@dataclass(slots=True)
+class Shortened:
+    """A prompt of which some image tokens never entered the language model.
+
+    Attributes:
+        kept: slots of the prompt that did, int64 [B, m], ascending.
+        length: of the whole prompt.
+        compact: positions are those in the shortened prompt.
+        embeds: the whole prompt [B, length, width], until its forward is over.
+    """
+
+    kept: Tensor
+    length: int
+    compact: bool
+    embeds: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -21,6 +39,8 @@ class SequenceState:
         image_mask: bool [B, tokens so far], True at image tokens; None where the model has no images.
         prompt_len: tokens of the first forward, padding included; None where it was not seen.
         kept: where tokens were pruned, by layer: slots of the prompt that the layer's cache holds, int64 [B, n].
+        lost: with compact positions, by layer: how many tokens a layer has lost.
+        shortened: where image tokens were left out before the first layer. All else then counts in what was left.
     """
 
     store: dict[Any, Any] = field(default_factory=dict)
@@ -28,6 +48,8 @@ class SequenceState:
     image_mask: Tensor | None = None
     prompt_len: int | None = None
     kept: dict[int, Tensor] = field(default_factory=dict)
+    lost: dict[int, int] = field(default_factory=dict)
+    shortened: Shortened | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +71,9 @@ class AttentionCall:
         seq: state of the sequences behind this call, or None.
         image_mask: bool [B, kv_len], True at image tokens, or None.
         need_lse: a method's `adjust` will read the log-sum-exp, so the kernel must return it.
+        heads: query heads of the layer that the method is on, None = all. `plan` gets their tensors alone; `adjust`
+            gets those of all heads, and what it returns is taken for these.
+        plans: the sparse plans that ran, as (heads, layout, plan); filled by the junction, read by `hfpatch.kept`.
     """
 
     query: Tensor
@@ -65,6 +90,8 @@ class AttentionCall:
     seq: SequenceState | None = None
     image_mask: Tensor | None = None
     need_lse: bool = False
+    heads: tuple[int, ...] | None = None
+    plans: list[tuple[Any, Any, Any]] = field(default_factory=list, compare=False)
 
     @property
     def q_len(self) -> int:
@@ -121,6 +148,19 @@ class AttentionCall:
         kv = heads // self.num_key_value_groups
         sinks = None if self.sinks is None else self.sinks[heads]
         return replace(self, query=self.query[:, heads], key=self.key[:, kv], value=self.value[:, kv], sinks=sinks)
+
+    def some_heads(self, heads: Sequence[int]) -> AttentionCall:
+        """The same call for some query heads, ascending; whole groups go on sharing their KV head."""
+        size, device = self.num_key_value_groups, self.query.device
+        index = torch.tensor(heads, dtype=torch.long, device=device)
+        kv = sorted({head // size for head in heads})
+        if list(heads) != [head for group in kv for head in range(group * size, (group + 1) * size)]:
+            return self.select_heads(index)
+        whole = torch.tensor(kv, dtype=torch.long, device=device)
+        sinks = None if self.sinks is None else self.sinks[index]
+        return replace(
+            self, query=self.query[:, index], key=self.key[:, whole], value=self.value[:, whole], sinks=sinks
+        )
 
 
 @dataclass(frozen=True, slots=True)

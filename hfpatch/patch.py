@@ -7,7 +7,7 @@ config, an entry for each attention module in a weak map, and forward hooks on t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import nn
 from hfpatch import attention, pruning, request
 from hfpatch.anatomy import Anatomy, examine
 from hfpatch.attention import Bound, Engine, ImplementationName, Layer
+from hfpatch.costs import ImageCosts
 from hfpatch.dryrun import explain_bound
 from hfpatch.errors import ConfigError, ConflictError, HFPatchError, UnsupportedError
 from hfpatch.kernels import check_name
@@ -26,6 +27,7 @@ from hfpatch.recipe import PatchSpec, Recipe, load_recipe
 from hfpatch.registry import METHODS
 from hfpatch.selectors import HeadSelector, LayerSelector, format_layers, select_heads, select_layers
 from hfpatch.summary import Explanation, LayerReport, PatchReport
+from hfpatch.tower import Tap, find
 
 PhaseSelector = Literal["prefill", "decode", "both"]
 
@@ -145,6 +147,21 @@ class PatchHandle:
             if was and not self._removed:
                 self.enable()
 
+    @contextmanager
+    def watched(self, watch: Callable[..., Any]) -> Iterator[None]:
+        """Inside the block, layers have their plan made by `watch(function, *args)`, which answers for the function."""
+        engine = self._engine()
+        engine.watch = watch
+        try:
+            yield
+        finally:
+            engine.watch = None
+
+    def _engine(self) -> Engine:
+        if self._removed or (patched := _patched(self.model)) is None:
+            raise HFPatchError("this patch was removed; call patch() again.")
+        return patched.engine
+
     def reconfigure(self, patcher: str | None = None, /, **params: Any) -> None:
         """Change options of a patch that is on. `patcher` names which, where the handle has several."""
         if self._removed:
@@ -177,6 +194,7 @@ class PatchHandle:
         if (patched := _patched(self.model)) is not None and not self._removed:
             engine = patched.engine
             engine.fallbacks.clear()
+            engine.image_costs = ImageCosts()
             engine.states.clear()
             self._forwards_before = engine.forwards
 
@@ -205,6 +223,7 @@ class PatchHandle:
             rows,
             dict(engine.fallbacks),
             sorted(engine.warned),
+            engine.image_costs.mean(),
         )
 
     def to_recipe(self) -> Recipe:
@@ -454,11 +473,13 @@ def _bind(anatomy: Anatomy, parts: Sequence[Part], kernel: str, strict: bool) ->
     result: dict[int, list[Bound]] = {}
     for part in parts:
         method = part.method
-        method.fits(anatomy.num_layers, anatomy.num_heads, anatomy.head_dim)
+        method.fits(anatomy.sizes)
         chosen = select_layers(part.layers, anatomy.num_layers)
-        heads = select_heads(part.heads, anatomy.num_layers, anatomy.num_heads)
+        free = tuple(i for i in chosen if i in anatomy.attention and i not in anatomy.windows)
+        named = part.heads if part.heads is not None else method.chosen_heads(anatomy.sizes, free)
+        heads = select_heads(named, anatomy.num_layers, anatomy.num_heads)
         verbs = method.verbs()
-        if "prune" in verbs:
+        if "image tokens" in method.card.needs:
             if anatomy.image_token_id is None:
                 raise UnsupportedError(
                     f"{method.name} needs image tokens, and {type(anatomy.model).__name__} has none. "
@@ -469,6 +490,17 @@ def _bind(anatomy: Anatomy, parts: Sequence[Part], kernel: str, strict: bool) ->
                     f"{method.name} cannot prune in {type(anatomy.model).__name__}: its layers "
                     f"{format_layers(anatomy.windows)} slide a window over token distances that pruning would change."
                 )
+            if "class token" in method.card.needs and find(anatomy.model) is None:
+                raise UnsupportedError(
+                    f"{method.name} goes by the class token of a vision tower whose patches become the image tokens "
+                    f"one by one, as in LLaVA-1.5. {type(anatomy.model).__name__} with this config is not made so."
+                )
+            if getattr(method, "positions", None) == "compact" and not hasattr(anatomy.text, "rotary_emb"):
+                raise UnsupportedError(
+                    f"{method.name}: {type(anatomy.text).__name__} has no rotary embedding of its own, so positions "
+                    "cannot be numbered anew. Use positions='original'."
+                )
+        if "prune" in verbs:
             at = method.prune_layers(anatomy.num_layers)
             if wrong := [layer for layer in at if not 0 <= layer < anatomy.num_layers - 1]:
                 raise ConfigError(
@@ -476,6 +508,9 @@ def _bind(anatomy: Anatomy, parts: Sequence[Part], kernel: str, strict: bool) ->
                     f"0-{anatomy.num_layers - 1}, and pruning after the last one saves nothing."
                 )
             chosen = tuple(sorted(at))
+        elif verbs == ("request",):
+            # once per prompt: the first layer stands for it
+            chosen = chosen[:1]
         if "plan" in verbs:
             usable = tuple(i for i in chosen if i in anatomy.attention and i not in anatomy.windows)
             if not usable:
@@ -503,21 +538,22 @@ def _check_conflicts(handles: Sequence[PatchHandle]) -> None:
         for layer, bounds in handle._bound.items():
             for bound in bounds:
                 seen.setdefault((layer, bound.method.name), []).append(bound.method)
-                if "plan" in bound.method.verbs():
-                    seen.setdefault((layer, "plan"), []).append(bound.method)
+                for verb in {"plan", "prune"} & set(bound.method.verbs()):
+                    seen.setdefault((layer, verb), []).append(bound.method)
     twice = {key: methods for key, methods in seen.items() if len(methods) > 1}
     if not twice:
         return
     for _, name in twice:
-        if name != "plan":
+        if name not in ("plan", "prune"):
             layers = format_layers(layer for layer, other in twice if other == name)
             raise ConflictError(
                 f"{name} is on layers {layers} already. remove() the first handle, or change it with "
                 "handle.reconfigure()."
             )
-    first, second = next(iter(twice.values()))[:2]
+    (_, verb), (first, second, *_) = next(iter(twice.items()))
+    what = "choose the keys in" if verb == "plan" else "prune after"
     raise ConflictError(
-        f"{first.name} and {second.name} both choose the keys in layers {format_layers(layer for layer, _ in twice)}. "
+        f"{first.name} and {second.name} both {what} layers {format_layers(layer for layer, _ in twice)}. "
         "Give them disjoint layers=, or remove one."
     )
 
@@ -543,7 +579,7 @@ def _sync(anatomy: Anatomy, patched: _Patched) -> None:
         return
     layers = {i: Layer(patched.engine, i) for i in anatomy.attention}
     requesters: list[Bound] = []
-    prunes = False
+    prunes, patched.engine.ahead = False, {}
     for rank in _ORDER:
         for handle in handles:
             for index, bounds in handle._bound.items():
@@ -558,8 +594,14 @@ def _sync(anatomy: Anatomy, patched: _Patched) -> None:
                     if "prune" in verbs:
                         layers[index].pruners.append(bound)
                         prunes = True
+                        if bound.method.looks_ahead:
+                            patched.engine.ahead.setdefault(index, []).append(bound)
                     if "request" in verbs and not any(b.method is bound.method for b in requesters):
                         requesters.append(bound)
+    needs = {n for h in handles for bounds in h._bound.values() for b in bounds for n in b.method.card.needs}
+    patched.engine.layer_cost = anatomy.layer_cost if "image tokens" in needs else None
+    patched.engine.tap = Tap.on(anatomy.model) if "class token" in needs else None
+    patched.hooks += patched.engine.tap.hooks if patched.engine.tap is not None else []
     attention.register()
     for config in anatomy.configs():
         if not isinstance(config._attn_implementation, ImplementationName):
@@ -569,7 +611,8 @@ def _sync(anatomy: Anatomy, patched: _Patched) -> None:
     patched.hooks += request.attach_text(anatomy.text, patched.engine)
     if prunes:
         for index, module in enumerate(anatomy.decoder_layers):
-            patched.hooks += pruning.attach(module, patched.engine, index)
+            following = next(iter(anatomy.decoder_layers[index + 1 : index + 2]), None)
+            patched.hooks += pruning.attach(module, patched.engine, index, anatomy.text, following)
     if prunes or requesters or anatomy.image_token_id is not None:
         for module in anatomy.outer:
             patched.hooks += request.attach_outer(module, patched.engine, anatomy.image_token_id, requesters)

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hfpatch import shortening
 from hfpatch.attention import Bound, Engine, Forward
 from hfpatch.call import SequenceState
+from hfpatch.costs import ImageCost
 from hfpatch.methods.base import Request
 
 _OUTER: weakref.WeakKeyDictionary[nn.Module, tuple[Engine, int | None, list[Bound]]] = weakref.WeakKeyDictionary()
@@ -34,7 +36,10 @@ def attach_text(module: nn.Module, engine: Engine) -> list[Any]:
 def attach_outer(module: nn.Module, engine: Engine, image_token_id: int | None, requesters: list[Bound]) -> list[Any]:
     """Hook the whole model."""
     _OUTER[module] = engine, image_token_id, requesters
-    return [module.register_forward_pre_hook(before_model, with_kwargs=True)]
+    return [
+        module.register_forward_pre_hook(before_model, with_kwargs=True),
+        module.register_forward_hook(after_model, always_call=True),
+    ]
 
 
 def detach(module: nn.Module) -> None:
@@ -75,15 +80,27 @@ def before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     engine.image_mask = None
     if isinstance(input_ids, Tensor) and image_token_id is not None:
         engine.image_mask = input_ids == image_token_id
-    if not requesters or _past(_cache(named)) > 0:
+    # the outermost module asks, for all that run inside it
+    if not requesters or engine.asking is not None or _past(_cache(named)) > 0:
         return None
-    engine.store = {}
+    engine.asking, engine.store = module, {}
     changed = False
     for bound in requesters:
         request = Request(named, partial(_call_dense, module, engine), engine.store)
         if (replaced := bound.method.request(request)) is not None:
             named, changed = replaced, True
+        engine.looks += [(bound, look) for look in request.looks]
+    # who prunes inside the model looks at what the others have left
+    engine.looks.sort(key=lambda entry: "prune" in entry[0].method.verbs())
     return ((), named) if changed else None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def after_model(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Take off what was put on for one prompt."""
+    entry = _OUTER.get(module)
+    if entry is not None and entry[0].asking is module:
+        entry[0].stop_asking()
 
 
 def _call_dense(module: nn.Module, engine: Engine, **kwargs: Any) -> Any:
@@ -95,20 +112,28 @@ def _call_dense(module: nn.Module, engine: Engine, **kwargs: Any) -> Any:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def before_text(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Open the forward that the layers share; find or start the state of its sequences."""
+def before_text(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Open the forward that the layers share; find or start the state of its sequences; shorten the prompt."""
     engine = _TEXT.get(module)
     if engine is None or engine.bypass:
-        return
+        return None
     named = _named(module, args, kwargs)
     cache = _cache(named)
     past = _past(cache)
+    state = engine.states.get(cache) if cache is not None and past > 0 else None
+    given = named
+    if state is None:
+        state = SequenceState(store=engine.store)
+        engine.store = {}
+        if past == 0 and engine.looks:
+            static = getattr(cache, "is_compileable", False)
+            named = shortening.shorten(engine, state, named, static)
+    else:
+        named = shortening.follow(engine, state, named, past)
     inputs = named.get("inputs_embeds")
     q_len = (inputs if inputs is not None else named["input_ids"]).shape[1]
-    state = engine.states.get(cache) if cache is not None and past > 0 else None
-    if state is None:
-        state = SequenceState(store=engine.store, prompt_len=q_len if past == 0 else None)
-        engine.store = {}
+    if past == 0:
+        state.prompt_len = q_len
     if cache is not None:
         engine.states[cache] = state
     if engine.image_mask is not None and engine.image_mask.shape[1] == q_len:
@@ -116,7 +141,8 @@ def before_text(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     engine.image_mask = None
     state.forwards += 1
     engine.forwards += 1
-    engine.forward = Forward(past, state, prunable=not getattr(cache, "is_compileable", False))
+    engine.forward = Forward(past, state, prunable=not getattr(cache, "is_compileable", False), cache=cache)
+    return ((), named) if named is not given else None
 
 
 def _remember_images(state: SequenceState, new: Tensor, past: int) -> None:
@@ -130,13 +156,30 @@ def _remember_images(state: SequenceState, new: Tensor, past: int) -> None:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def after_text(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def after_text(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     engine = _TEXT.get(module)
     if engine is None or engine.bypass or engine.forward is None:
-        return
+        return None
     forward, engine.forward = engine.forward, None
     if _cache(_named(module, args, kwargs)) is None and output is not None:
         # the model made the cache itself
         made = output["cache"] if "cache" in output else dict(output).get("past_key_values")
         if made is not None:
             engine.states[made] = forward.state
+            for change in forward.later:
+                change(made)
+    if output is None or forward.past > 0:
+        return None
+    _count_cost(engine, forward.state)
+    return shortening.restore(forward.state, output)
+
+
+def _count_cost(engine: Engine, state: SequenceState) -> None:
+    """Add a prompt with images to what the patch costs and saves."""
+    if state.image_mask is None or state.prompt_len is None or engine.layer_cost is None:
+        return
+    batch, left = state.image_mask.shape
+    tokens = left if state.shortened is None else state.shortened.length
+    images = float(state.image_mask.sum()) / batch + tokens - left
+    layers = [state.kept[i].shape[1] if i in state.kept else left for i in range(engine.num_layers)]
+    engine.image_costs.add(ImageCost.of(engine.layer_cost, tokens, images, layers), batch)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hfpatch.costs import ImageCost
 from hfpatch.selectors import format_layers
 
 
@@ -32,7 +33,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """Realised behaviour of a handle."""
+    """Realised behaviour of a handle. `images`: where image tokens are dropped, what that saved."""
 
     specs: list[str]
     forwards: int
@@ -40,18 +41,20 @@ class PatchReport:
     layers: list[LayerReport]
     fallbacks: dict[str, int]
     warnings: list[str]
+    images: ImageCost | None = None
 
     def density(self, phase: str = "prefill") -> float | None:
-        """Mean kept share over all decoder layers, unpatched ones counting 1.0; None if the phase never ran."""
+        """Mean kept share of causal pairs over all decoder layers, unpatched ones counting 1.0; None: it never ran."""
         seen: dict[int, float] = {}
         for row in self.layers:
             if row.phase == phase and row.density is not None:
-                # only a plan, which has a kernel, leaves pairs out; pruning counts tokens
+                # only a plan, which has a kernel, leaves pairs of a layer out; tokens that are gone come below
                 kept = row.density if row.kernel else 1.0
                 seen[row.layer] = min(kept, seen.get(row.layer, 1.0))
         if not seen:
             return None
-        return (sum(seen.values()) + self.num_layers - len(seen)) / self.num_layers
+        kept = (sum(seen.values()) + self.num_layers - len(seen)) / self.num_layers
+        return kept * self.images.pairs if self.images is not None and phase == "prefill" else kept
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -61,6 +64,7 @@ class PatchReport:
         rows = [(r.layer, (r.phase, r.action, r.kernel, r.calls, _percent(r.density))) for r in self.layers]
         table = _table(("layers", "phase", "action", "kernel", "calls", "kept"), _grouped(rows))
         notes = [f"fallback ({count}x): {reason}" for reason, count in self.fallbacks.items()]
+        notes = [*([str(self.images)] if self.images else []), *notes]
         return "\n".join([f"{' + '.join(self.specs)} · {self.forwards} forwards", table, *notes])
 
 
@@ -84,6 +88,7 @@ class Explanation:
         order: the patches in the order in which they apply.
         model: facts about it.
         density: predicted kept share of causal pairs over all layers, by phase, at `seq_len` tokens.
+        images: what dropping image tokens will save, of a prompt of `seq_len` tokens with one image.
     """
 
     order: list[str]
@@ -93,6 +98,7 @@ class Explanation:
     layers: list[LayerPlan]
     density: dict[str, float | None]
     notes: list[str]
+    images: ImageCost | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -106,7 +112,7 @@ class Explanation:
         ]
         table = _table(("layers", "phase", "action", "kernel", "why not others"), _grouped(rows))
         kept = " · ".join(f"{phase} keeps {_percent(d)}" for phase, d in self.density.items() if d is not None)
-        tail = f"at {self.seq_len} tokens: {kept}"
+        tail = f"at {self.seq_len} tokens: {kept}" + (f"\n{self.images}" if self.images else "")
         return "\n".join([f"{' + '.join(self.order)} on {facts}", table, tail, *(f"note: {n}" for n in self.notes)])
 
 

@@ -32,6 +32,7 @@ COMMANDS = (
     "report",
     "compare",
     "verify",
+    "calibrate",
     "recipe",
     "cache",
 )

@@ -12,11 +12,11 @@ from tiny_tokenizer import tiny_tokenizer
 from hfpatch.errors import ConfigError, HFPatchError, UnknownNameError
 from hfpatch.evals.base import Outcome
 from hfpatch.evals.niah import Niah
-from hfpatch.evals.progress import Silent
 from hfpatch.evals.run import bench, evaluate, run_recipe, work_list
 from hfpatch.load import Loaded
 from hfpatch.patch import is_patched
 from hfpatch.patch import patch as put_on
+from hfpatch.progress import Silent
 from hfpatch.recipe import load_recipe
 from hfpatch.report.run import RunDir, sample_key
 

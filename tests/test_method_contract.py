@@ -74,6 +74,10 @@ def example(name, n):
     return METHODS.get(name)(**METHODS.get(name).examples[n])
 
 
+def drops_images(name):
+    return "image tokens" in METHODS.get(name).card.needs
+
+
 def cache_argument(model):
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
@@ -222,7 +226,7 @@ def test_generate(family, name, n, way):
             return
         alone = model.generate(**single, **options)
         if way == "static":
-            refuses = "prune" in METHODS.get(name).verbs()
+            refuses = drops_images(name)
             with pytest.warns(hfpatch.errors.HFPatchWarning, match="static cache") if refuses else _nothing():
                 got = model.generate(**single, **options, cache_implementation="static")
             if refuses:
@@ -251,11 +255,12 @@ def test_seeds(name, n):
     options = METHODS.get(name).examples[n]
     if not hasattr(METHODS.get(name), "seed"):
         pytest.skip("nothing random")
-    model, inputs = model_of("qwen2"), inputs_of("qwen2", length=48)
+    family = "llava" if drops_images(name) else "qwen2"
+    model, inputs = model_of(family), inputs_of(family, length=48)
     seen = []
     before = torch.get_rng_state()
     for seed in (1, 1, 2):
-        with put_on("qwen2", name, seed=seed, **options):
+        with put_on(family, name, seed=seed, **options):
             seen.append(logits(model, inputs))
     assert torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[0], seen[2])
@@ -264,7 +269,7 @@ def test_seeds(name, n):
 
 @pytest.mark.parametrize(("name", "n"), SETTINGS)
 def test_second_prompt_is_not_influenced_by_the_first(name, n):
-    family = "llava" if "prune" in METHODS.get(name).verbs() else "llama"
+    family = "llava" if drops_images(name) else "llama"
     model = model_of(family)
     with put_on(family, example(name, n)):
         inputs = inputs_of(family, length=40, seed=1)
@@ -276,8 +281,8 @@ def test_second_prompt_is_not_influenced_by_the_first(name, n):
 @pytest.mark.parametrize(("name", "n"), SETTINGS)
 def test_options_survive_yaml(name, n, tmp_path):
     method = example(name, n)
-    family = "llava" if "prune" in method.verbs() else "llama"
-    with put_on(family, method, layers=None if "prune" in method.verbs() else "0-1") as handle:
+    family = "llava" if drops_images(name) else "llama"
+    with put_on(family, method, layers=None if drops_images(name) else "0-1") as handle:
         path = handle.to_recipe().save(tmp_path / "patch.yaml")
         specs = handle.specs
     with put_on(family, str(path)) as again:
@@ -287,7 +292,7 @@ def test_options_survive_yaml(name, n, tmp_path):
 
 @pytest.mark.parametrize("name", PATCHERS)
 def test_deep_copy_is_unpatched(name):
-    family = "llava" if "prune" in METHODS.get(name).verbs() else "llama"
+    family = "llava" if drops_images(name) else "llama"
     model, inputs = model_of(family), inputs_of(family, batch=2, length=40, padding=[3, 0])
     want = logits(model, inputs)
     with put_on(family, example(name, 0)):

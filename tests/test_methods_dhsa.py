@@ -1,4 +1,4 @@
-"""Properties of `dhsa` and `dhsa_block`, from their specification, and the training of the boundary predictor."""
+"""Properties of `dhsa` and `dhsa_block`, from their specification."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from transformers import DynamicCache
 
 import hfpatch
+from hfpatch.calibrated import Header, ModelSizes, encode
 from hfpatch.call import AttentionCall, SequenceState
 from hfpatch.errors import ConfigError, DataMissingError, UnsupportedError
 from hfpatch.kernels import attend, reference
 from hfpatch.methods import _chunks
 from hfpatch.methods._chunks import (
+    FORMAT,
     BoundaryPredictor,
     Chunks,
     attention_shift,
@@ -32,7 +34,6 @@ from hfpatch.methods._chunks import (
 )
 from hfpatch.methods.dhsa import DynamicHierarchical
 from hfpatch.methods.dhsa_block import DynamicHierarchicalBlocks
-from hfpatch.methods.dhsa_train import train_boundaries
 from hfpatch.plan import Dense, visible
 
 SMALL = {"budget": 24, "block_q": 8, "block_k": 4, "sink": 4, "local": 8, "instruct": 8, "max_chunk": 12}
@@ -546,75 +547,45 @@ def test_predictor_reads_four_keys_on_both_sides(predictor, monkeypatch):
 
 def test_predictor_files(predictor, tmp_path):
     file = tmp_path / "ends.safetensors"
-    predictor.save(file, {"kv_heads": "2", "head_dim": "16"})
-    loaded, facts = load_predictor(str(file), torch.device("cpu"))
+    header = Header(FORMAT, {"id": "some/model"}, ModelSizes(3, 4, 2, 16))
+    file.write_bytes(encode(header, {"heads": 4}, predictor.state_dict()))
+    loaded, found = load_predictor(str(file), torch.device("cpu"))
     key = torch.randn(1, 2, 40, 16)
     assert torch.equal(loaded.logits(key), predictor.logits(key)) and loaded.attention.num_heads == 4
-    assert facts["kv_heads"] == "2"
+    assert found == header
     method = DynamicHierarchical(**SMALL, chunker="predictor", predictor=str(file), threshold=0.05)
     one = call(90, dim=16)
     ends = [b - 1 for _, b in spans(replace(method, max_chunk=1000)._chunks(one))][:-2]
     assert ends and all(predictor.logits(one.key)[0, end] > 0.05 for end in ends)
-    with pytest.raises(ConfigError, match=r"32 numbers \(2 KV heads x 16\).* have 8 \(1 KV heads x 8\)"):
-        method.plan(call(90, kv_heads=1))
+    # the same number of channels, in other heads; and some of the heads only
+    for other in (call(90, heads=4, kv_heads=4), call(90, kv_heads=1, dim=16)):
+        with pytest.raises(ConfigError, match=r"reads 2 KV heads, 16 numbers in a head; layer 0 has \d KV heads, \d"):
+            method.plan(other)
+    model = tiny.tiny("llama", num_key_value_heads=4, head_dim=8)
+    with pytest.raises(ConfigError, match="some/model with 2 KV heads, 16 .*this model has 4 KV heads, 8 numbers"):
+        hfpatch.patch(model, "dhsa", chunker="predictor", predictor=str(file), **SMALL)
+    assert not hfpatch.is_patched(model)
     with pytest.raises(DataMissingError, match="no such file"):
         DynamicHierarchical(chunker="predictor", predictor=str(tmp_path / "absent"))
-    save_file({"norm.weight": torch.zeros(4)}, file)
-    with pytest.raises(ConfigError, match="no boundary predictor"):
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"heads": 4}, "no boundary predictor: 'norm.weight'"),
+        ({}, "no boundary predictor: 'heads'"),
+        (None, "is not a file that hfpatch calibrate made"),
+        (b"nonsense", "cannot read this file"),
+    ],
+)
+def test_files_that_are_no_predictor(predictor, tmp_path, content, message):
+    file = tmp_path / "ends.safetensors"
+    tensors = predictor.state_dict() if content == {} else {"a": torch.zeros(4)}
+    if isinstance(content, dict):
+        content = encode(Header(FORMAT, {}, ModelSizes(3, 4, 2, 16)), content, tensors)
+    file.write_bytes(save(tensors) if content is None else content)
+    with pytest.raises(ConfigError, match=message):
         DynamicHierarchical(chunker="predictor", predictor=str(file))
-    file.write_bytes(b"nonsense")
-    with pytest.raises(ConfigError, match="no boundary predictor"):
-        DynamicHierarchical(chunker="predictor", predictor=str(file))
-
-
-class Words:
-    """Splits at spaces; a word is its number."""
-
-    def __call__(self, text, return_tensors):
-        return {"input_ids": torch.tensor([[int(word) for word in text.split()]])}
-
-
-def test_training_learns_boundaries_and_leaves_the_model_alone(tmp_path):
-    model = tiny.tiny("qwen2", num_hidden_layers=2)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            # in the slow dimensions: every query now prefers one of the two words of the text
-            layer.self_attn.q_proj.bias.zero_().view(4, 2, 8)[..., 6:] = 8.0
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    runs = torch.randint(9, 24, (120,), generator=torch.Generator().manual_seed(0))
-    text = " ".join(map(str, torch.tensor([5, 77]).repeat(60).repeat_interleave(runs)[:1700].tolist()))
-    state, told = torch.get_rng_state(), []
-    options = {"context": 128, "samples": 12, "windows": 3000, "batch": 64, "epochs": 3, "hidden": 32}
-    file = tmp_path / "deep" / "ends.safetensors"
-    facts = train_boundaries(model, Words(), text, file, **options, say=told.append)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert all(p.requires_grad and p.grad is None for p in model.parameters()) and not hfpatch.is_patched(model)
-    assert float(facts["boundaries"]) < 0.3 and float(facts["precision"]) > 0.8 and float(facts["recall"]) > 0.8
-    assert len(told) == 12 + 3
-    card = file.with_suffix(".md").read_text()
-    assert "frozen" in card and "| kv_heads | 2 |" in card and facts["precision"] in card
-    again = tmp_path / "again.safetensors"
-    train_boundaries(model, Words(), text, again, **options)
-    assert all(torch.equal(a, b) for a, b in zip(load_file(file).values(), load_file(again).values(), strict=True))
-    inputs = tiny.text_inputs(model, length=60)
-    with (
-        torch.no_grad(),
-        hfpatch.patch(model, "dhsa", chunker="predictor", predictor=str(file), threshold=0.0, **SMALL),
-    ):
-        assert model(**inputs).logits.isfinite().all()
-    other = tiny.tiny("llama", num_key_value_heads=4)
-    with (
-        torch.no_grad(),
-        hfpatch.patch(other, "dhsa", chunker="predictor", predictor=str(file), **SMALL),
-        pytest.raises(ConfigError, match=r"2 KV heads x 16\).*4 KV heads x 16"),
-    ):
-        other(**inputs)
-
-
-def test_training_needs_text():
-    with pytest.raises(ConfigError, match="20 tokens of text make 0 pieces"):
-        train_boundaries(tiny.tiny("llama"), Words(), "5 " * 20, "unused.safetensors", context=64)
 
 
 # The second version ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from tiny_tokenizer import tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hfpatch
@@ -18,7 +17,7 @@ from hfpatch.call import AttentionCall
 from hfpatch.errors import ConfigError, DataMissingError
 from hfpatch.kernels import cpu_blocks, reference
 from hfpatch.methods.flexprefill import FlexPrefill
-from hfpatch.methods.minference import MInference, Pattern, PatternTable, load_patterns, search_patterns
+from hfpatch.methods.minference import MInference, Pattern, PatternTable, load_patterns
 from hfpatch.methods.spargeattn import SpargeAttn, block_similarity
 from hfpatch.methods.xattention import XAttention, antidiagonal_mass
 from hfpatch.plan import Blocks, Dense, Window, visible
@@ -520,54 +519,6 @@ def test_minference_files_that_are_not_for_this_model(tmp_path):
         pytest.raises(ConfigError, match="heads= cannot be combined"),
     ):
         model(**tiny.text_inputs(model, length=24))
-
-
-def test_minference_search_chooses_what_keeps_most(tmp_path):
-    model = tiny.tiny("qwen2", num_hidden_layers=2, vocab_size=512)
-    tokenizer = tiny_tokenizer()
-    text = "The quick brown fox jumps over the lazy dog. " * 12
-    options = MInference(block_size=8, first=2, near=2, last_q=8)
-    candidates = [Pattern("a_shape", 4, 24), Pattern("vertical_slash", 12, 3), Pattern("block_sparse", 3)]
-    table = search_patterns(model, tokenizer, text, candidates=candidates, options=options)
-    assert not hfpatch.is_patched(model)
-    assert (len(table.layers), table.num_heads) == (2, 4)
-    seen = []
-
-    class Spy(FlexPrefill):
-        def plan(self, one):
-            seen.append(one)
-            return Dense()
-
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    with torch.no_grad(), hfpatch.patch(model, Spy()):
-        model(ids)
-    for one, layer in zip(seen, table.layers, strict=True):
-        kept = []
-        for candidate in candidates:
-            mask = visible(one, options.plan_of(one, [candidate] * 4))
-            kept.append((probs(one) * mask).sum(-1)[0, :, one.q_len // 12 :].mean(-1))
-        best = torch.stack(kept).max(0)
-        for head in range(4):
-            assert layer[head]._replace(score=0.0) == candidates[best.indices[head]]
-            assert layer[head].score == pytest.approx(float(best.values[head]), abs=1e-3)
-    # and the file runs
-    path = table.save(tmp_path / "found.json")
-    with torch.no_grad(), hfpatch.patch(model, replace(options, patterns=str(path))) as handle:
-        model(ids)
-        assert handle.report().density() < 1
-    with pytest.raises(ConfigError, match="no more than one block"):
-        search_patterns(model, tokenizer, "Too short.")
-
-
-def test_minference_search_scales_the_papers_candidates():
-    table = search_patterns(
-        tiny.tiny("llama", num_hidden_layers=1, vocab_size=512),
-        tiny_tokenizer(),
-        "one two three four five " * 30,
-        options=MInference(block_size=8, first=2, near=2, last_q=8),
-        max_tokens=300,
-    )
-    assert all(0 < pattern.score <= 1 and pattern.second <= 42 for pattern in table.layers[0].values())
 
 
 # XAttention ---------------------------------------------------------------------------------------------------------

@@ -405,7 +405,10 @@ def test_report_density_counts_pairs_not_tokens():
     rows = {row.action: row.density for row in report.layers}
     assert rows[f"prune to {n} tokens"] == pytest.approx(n / (n + 8))
     window = sum(min(i + 1, 6) for i in range(n)) / (n * (n + 1) / 2)
-    assert report.density() == pytest.approx((3 + window) / 4)
+    # layer 0 has all tokens, the others half of the image's
+    pairs = (1 + 3 * n * (n + 1) / ((n + 8) * (n + 9))) / 4
+    assert report.images.pairs == pytest.approx(pairs)
+    assert report.density() == pytest.approx((3 + window) / 4 * pairs)
 
 
 def test_a_named_kernel_and_rows_that_stay_dense(model):

@@ -50,6 +50,9 @@ for _name in (
     "report",
     "compare",
     "verify",
+    "calibrate",
+    "diagnose",
+    "heads",
     "recipe",
     "cache",
 ):

@@ -102,6 +102,7 @@ def _answer(terminal: Terminal, recipe: Recipe, prompt: str, image: Path | None,
     import hfpatch
     from hfpatch.answer import Answer, answer, check_length, common_prefix, encode
     from hfpatch.load import load
+    from hfpatch.spans import reading
 
     new, sample, seed = recipe.generation.max_new_tokens, recipe.generation.do_sample, recipe.runtime.seed
     terminal.say(f"loading {recipe.model.id}")
@@ -124,7 +125,7 @@ def _answer(terminal: Terminal, recipe: Recipe, prompt: str, image: Path | None,
     data: dict[str, Any] = {"prompt_tokens": length, "recipe": recipe.to_dict()}
     shown: list[Any] = []
     if recipe.patches:
-        with hfpatch.patch(loaded.model, recipe) as handle:
+        with reading(loaded.processor), hfpatch.patch(loaded.model, recipe) as handle:
             plan = handle.explain(seq_len=length)
             facts = " · ".join(f"{key} {value}" for key, value in plan.model.items() if key != "type")
             terminal.say(f"✓ model   {plan.model['type']} · {facts}")

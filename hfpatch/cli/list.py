@@ -17,6 +17,7 @@ class Kind(StrEnum):
     tasks = "tasks"
     kernels = "kernels"
     recipes = "recipes"
+    calibrations = "calibrations"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -32,17 +33,24 @@ def add_to(app: typer.Typer) -> None:
             str | None, typer.Option("--supports", metavar="MODEL", help="Patchers that this model can have.")
         ] = None,
     ) -> None:
-        """List patchers, models, tasks, kernels or recipes."""
+        """List patchers, models, tasks, kernels, recipes or calibrations."""
         if kind is Kind.patchers:
             rows = _patchers(family, supports, offline(terminal))
             hint = "Details: hfpatch info NAME · For your model: hfpatch list patchers --supports MODEL"
         else:
-            rows = {Kind.models: _models, Kind.tasks: _tasks, Kind.kernels: _kernels, Kind.recipes: _recipes}[kind]()
+            rows = {
+                Kind.models: _models,
+                Kind.tasks: _tasks,
+                Kind.kernels: _kernels,
+                Kind.recipes: _recipes,
+                Kind.calibrations: _calibrations,
+            }[kind]()
             hint = {
                 Kind.models: "Any hub id, folder in Hugging Face format or .gguf file works too.",
                 Kind.tasks: "Details: hfpatch info NAME",
                 Kind.kernels: "Tried in this order. Checked on this machine: hfpatch doctor",
                 Kind.recipes: "Use: hfpatch apply recipe:NAME",
+                Kind.calibrations: "Use: hfpatch calibrate MODEL -p PATCHER --what WHAT --out FILE",
             }[kind]
         made = table(*(rows[0] if rows else ("nothing found",)))
         for row in rows:
@@ -115,4 +123,21 @@ def _recipes() -> list[dict[str, Any]]:
             "measures": [task["task"] for task in recipe.evals] + (["bench"] if recipe.bench else []),
         }
         for name, recipe in found.items()
+    ]
+
+
+def _calibrations() -> list[dict[str, Any]]:
+    from dataclasses import fields
+
+    from hfpatch.calibrate import calibrations
+
+    return [
+        {
+            "patcher": cls.patcher,
+            "what": cls.name,
+            "file": cls.suffix,
+            "options": [field.name for field in fields(cls)],
+            "summary": cls.summary,
+        }
+        for cls in calibrations()
     ]

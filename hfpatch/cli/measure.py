@@ -218,15 +218,18 @@ def _tables(results: Mapping[str, Any]) -> list[Table]:
 
 def timing_tables(timing: Mapping[str, Any], names: tuple[str, str] = ("dense", "patched")) -> list[Table]:
     """Median times of two arms, which are called `names`."""
-    from hfpatch.report.words import tokens_text
+    from hfpatch.report.words import selection_text, tokens_text
 
     if not (timing["prefill"] or timing["decode"]):
         return []
-    times = table("median ms", "length", *names, " / ".join(names), "kept", "kernel")
+    # only what a patch chose has been timed
+    chose = any(row.get("selection") for row in timing["prefill"])
+    times = table("median ms", "length", *names, " / ".join(names), *["selection"] * chose, "kept", "kernel")
     for what in ("prefill", "decode", "first_call"):
         for row in timing[what]:
             both = (f"{row[arm]['median']:.1f}" if row[arm] else "–" for arm in ("dense", "patched"))
             ratio = "–" if row["ratio"] is None else f"{row['ratio']:.2f}×"
             kept = "–" if row["density"] is None else f"{100 * row['density']:.1f} %"
-            times.add_row(what.replace("_", " "), tokens_text(row["length"]), *both, ratio, kept, row["kernel"] or "–")
+            cells = [*both, ratio, *[selection_text(row)] * chose, kept, row["kernel"] or "–"]
+            times.add_row(what.replace("_", " "), tokens_text(row["length"]), *cells)
     return [times]

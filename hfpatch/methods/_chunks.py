@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool1d, cosine_similarity, linear, max_pool1d, pad, scaled_dot_product_attention
 
+from hfpatch.calibrated import Header, read_tensors
 from hfpatch.call import AttentionCall
 from hfpatch.errors import ConfigError, DataMissingError
 from hfpatch.selection import compress, dots
@@ -263,14 +262,12 @@ class BoundaryPredictor(nn.Module):
         features = [left, right, (left - right).abs(), left * right, cosine_similarity(left, right)[:, None]]
         return self.judge(torch.cat(features, -1))[:, 0]  # type: ignore[no-any-return]
 
-    def save(self, path: str | Path, facts: dict[str, str]) -> None:
-        """Write safetensors; `facts` go into its header beside what is needed to load it."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, path, {**facts, "heads": str(self.attention.num_heads)})
+
+FORMAT = "hfpatch-dhsa-boundaries"
 
 
-def load_predictor(path: str, device: torch.device) -> tuple[BoundaryPredictor, dict[str, str]]:
-    """The predictor in a safetensors file and what is written about it; read again when the file has changed.
+def load_predictor(path: str, device: torch.device) -> tuple[BoundaryPredictor, Header]:
+    """The predictor in a file of `hfpatch calibrate` and its header; read again when the file has changed.
 
     Raises DataMissingError, or ConfigError if the file is no predictor.
     """
@@ -278,24 +275,19 @@ def load_predictor(path: str, device: torch.device) -> tuple[BoundaryPredictor, 
 
 
 @lru_cache(maxsize=8)
-def _load_predictor(path: str, modified: int, device: torch.device) -> tuple[BoundaryPredictor, dict[str, str]]:
-    if not Path(path).is_file():
-        raise DataMissingError(
-            f"predictor={path!r}: there is no such file. Train one with hfpatch.methods.dhsa_train.train_boundaries, "
-            'or use chunker="keydiff", which needs none.'
-        )
+def _load_predictor(path: str, modified: int, device: torch.device) -> tuple[BoundaryPredictor, Header]:
+    header, content, tensors = read_tensors(path, "predictor", FORMAT)
     try:
-        with safe_open(path, "pt") as file:
-            facts = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
         channels, hidden = tensors["norm.weight"].shape[0], tensors["judge.0.weight"].shape[0]
         # parameters must not become inference tensors because of who asks first
         with torch.inference_mode(False):
-            predictor = BoundaryPredictor(channels, int(facts.get("heads", 8)), hidden)
-            predictor.load_state_dict(tensors)
-    except (SafetensorError, OSError, KeyError, ValueError, AssertionError, RuntimeError) as error:
+            predictor = BoundaryPredictor(channels, content["heads"], hidden)
+            predictor.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        if channels != (expected := header.sizes.num_key_value_heads * header.sizes.head_dim):
+            raise ValueError(f"it reads keys of {channels} numbers, and its header says {expected}")
+    except (KeyError, ValueError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"predictor={path!r} is no boundary predictor: {error}.") from error
-    return predictor.requires_grad_(False).to(device), facts
+    return predictor.requires_grad_(False).to(device), header
 
 
 # What stands for a chunk ----------------------------------------------------------------------------------------------

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from torch import Tensor
 
+from hfpatch.calibrated import ModelSizes
 from hfpatch.call import AttentionCall
+from hfpatch.images import Look, Merge
 from hfpatch.options import Options, option
-from hfpatch.plan import Plan
+from hfpatch.plan import Plan, Window
 from hfpatch.registry import METHODS
 
 __all__ = ["Card", "Family", "Method", "Request", "option", "register_patcher"]
@@ -27,7 +29,7 @@ class Card:
         summary: one line.
         paper: title and arXiv id.
         phase: what the published method touches.
-        needs: e.g. "image tokens", "lse", "gpu", "calibration".
+        needs: e.g. "image tokens", "class token" (of the vision tower), "lse", "gpu", "calibration".
     """
 
     family: Family
@@ -45,11 +47,21 @@ class Request:
         kwargs: what the model's forward was called with.
         call: runs the model with other keyword arguments, all patches off.
         store: `SequenceState.store` of the sequences that start here.
+        looks: what `when_embedded` was given.
     """
 
     kwargs: Mapping[str, Any]
     call: Callable[..., Any]
     store: dict[Any, Any]
+    looks: list[Look] = field(default_factory=list)
+
+    def when_embedded(self, look: Look) -> None:
+        """Have `look` see the prompt once its images are embedded; it may choose the image tokens that go on.
+
+        It is not asked about prompts without images. `Embedded.tower` is there for methods whose card needs a class
+        token; where it cannot be had, the prompt runs as it is, and the report says why.
+        """
+        self.looks.append(look)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +80,9 @@ class Method(Options):
     chunk_invariant: ClassVar[bool] = False
     """True if a prefill in chunks must give what one prefill gives."""
 
+    looks_ahead: ClassVar[bool] = False
+    """True if `prune` goes by the queries and keys of the layer that comes next; its call is then that layer's."""
+
     # The verbs --------------------------------------------------------------------------------------------------
 
     def plan(self, call: AttentionCall) -> Plan:
@@ -81,13 +96,20 @@ class Method(Options):
         """Correct the attention output [B, Hq, q_len, head_dim]. `lse`: fp32 [B, Hq, q_len] if the card needs "lse"."""
         raise NotImplementedError
 
-    def prune(self, call: AttentionCall) -> Tensor | None:
-        """Slots that stay after this layer: int64 [B, kept], ascending, the same count in every row; None = all."""
+    def prune(self, call: AttentionCall) -> Tensor | Merge | None:
+        """Slots that stay after this layer: int64 [B, kept], ascending, the same count in every row; None = all.
+
+        With a function, the layer's output decides, and can be changed: see `Merge`.
+        """
         raise NotImplementedError
 
     def prune_layers(self, num_layers: int) -> frozenset[int]:
         """Layers after which `prune` is asked."""
-        return frozenset()
+        return frozenset(layer for layer in self.stages(num_layers, 1 << 20) if layer >= 0)
+
+    def stages(self, num_layers: int, images: int) -> Mapping[int, int]:
+        """For the forecast: how many of `images` image tokens are left after a layer; -1 = before the first one."""
+        return {}
 
     def request(self, request: Request) -> dict[str, Any] | None:
         """Look at a prompt before it runs; may return other keyword arguments for the model's forward."""
@@ -105,8 +127,23 @@ class Method(Options):
         """True if tokens after a query's own block take part in choosing what the query sees. It never sees them."""
         return False
 
-    def fits(self, num_layers: int, num_heads: int, head_dim: int) -> None:
+    def fits(self, sizes: ModelSizes) -> None:
         """Raise ConfigError if a file among the options is not for a model of these sizes; asked when put on."""
+
+    def chosen_heads(self, sizes: ModelSizes, layers: Sequence[int]) -> Mapping[int, Sequence[int]] | None:
+        """Query heads by layer that the method is for, unless `patch(..., heads=)` says others; None = all.
+
+        Args:
+            layers: those that were chosen and have full attention.
+        """
+        return None
+
+    def forgets(self, call: AttentionCall) -> Window | None:
+        """The window beyond which no later query sees, in the heads that the method is on: the cache drops the rest.
+
+        Asked in each step in which the method plans; `call` is the whole layer's. None keeps everything.
+        """
+        return None
 
     @classmethod
     def neutral(cls) -> Self:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
+from hfpatch.calibrated import ModelSizes
 from hfpatch.call import AttentionCall, find_layouts
 from hfpatch.errors import ConfigError, UnsupportedError
 from hfpatch.methods._chunks import (
@@ -29,6 +30,8 @@ from hfpatch.selection import Grid, block_mean, compress, dots, grid_of, top
 
 # Tokens between two ends of chunks that the scores choose, and that delimiters do.
 _GAP, _DELIMITER_GAP = 8, 7
+# What of a model a predictor depends on.
+_READ = ("num_key_value_heads", "head_dim")
 # Chunk scores that exist at a time while rows are chosen.
 _SCORES = 1 << 24
 
@@ -60,7 +63,7 @@ class DynamicHierarchical(Method):
     stay. The last `instruct` queries, rounded up to query blocks, see everything.
 
     `chunker`: "keydiff" cuts where neighbouring keys differ and needs no training; "predictor" uses a trained network
-    (`hfpatch.methods.dhsa_train`); "delimiter" cuts after sentences and lines, "fixed" every `chunk` tokens; "oracle"
+    (`hfpatch calibrate`); "delimiter" cuts after sentences and lines, "fixed" every `chunk` tokens; "oracle"
     reads the boundaries off dense attention, for analysis only: it is slower than dense. Layers share the boundaries of
     the first one. `emit="exact"` keeps exactly the chosen tokens, `"blocked"` whole key blocks, those with the largest
     softmax of chunk scores, which kernels run faster.
@@ -148,8 +151,8 @@ class DynamicHierarchical(Method):
         if self.chunker == "predictor":
             if self.predictor is None:
                 raise ConfigError(
-                    f'{self.name}: chunker="predictor" needs predictor=FILE. Train one with '
-                    'hfpatch.methods.dhsa_train.train_boundaries, or use chunker="keydiff".'
+                    f'{self.name}: chunker="predictor" needs predictor=FILE. Train one with hfpatch calibrate MODEL '
+                    '-p dhsa --train-boundaries, or use chunker="keydiff".'
                 )
             load_predictor(self.predictor, torch.device("cpu"))
         if self.chunker == "delimiter":
@@ -159,6 +162,12 @@ class DynamicHierarchical(Method):
     def reads_ahead(self) -> bool:
         """Tokens after a query's own block take part in choosing what the query sees."""
         return self.chunker != "fixed"
+
+    def fits(self, sizes: ModelSizes) -> None:
+        if self.chunker == "predictor":
+            assert self.predictor is not None
+            _, header = load_predictor(self.predictor, torch.device("cpu"))
+            header.check_fits(f"{self.name}: predictor={self.predictor!r}", sizes, *_READ)
 
     @classmethod
     def neutral(cls) -> Self:
@@ -225,14 +234,14 @@ class DynamicHierarchical(Method):
             logits, threshold = attention_shift(call), 0.0
         else:
             assert self.predictor is not None
-            predictor, facts = load_predictor(self.predictor, call.key.device)
+            predictor, header = load_predictor(self.predictor, call.key.device)
             heads, dim = call.key.shape[1], call.key.shape[3]
-            if predictor.channels != heads * dim:
-                shape = f"{facts.get('kv_heads', '?')} KV heads x {facts.get('head_dim', '?')}"
+            if (heads, dim) != (header.sizes.num_key_value_heads, header.sizes.head_dim):
+                # the model fits, so this is a layer of its own kind, or only some of its heads
                 raise ConfigError(
-                    f"{self.name}: predictor={self.predictor!r} reads keys of {predictor.channels} numbers ({shape}); "
-                    f"those of layer {call.layer_idx} have {heads * dim} ({heads} KV heads x {dim}). Train one for "
-                    "this model, and do not combine it with heads=."
+                    f"{self.name}: predictor={self.predictor!r} reads {header.sizes.text(*_READ)}; layer "
+                    f"{call.layer_idx} has {heads} KV heads, {dim} numbers in a head. Leave such layers out, and do "
+                    "not combine a predictor with heads=."
                 )
             logits, threshold = predictor.logits(call.key), self.threshold
         return logits.masked_fill(logits <= threshold, float("-inf"))

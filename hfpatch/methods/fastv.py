@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-import torch
 from torch import Tensor
 
 from hfpatch.call import AttentionCall
+from hfpatch.methods._images import count_to_drop, drop_worst, last_token_attention
 from hfpatch.methods.base import Card, Method, option, register_patcher
 
 
@@ -42,42 +43,12 @@ class FastV(Method):
     def neutral(cls) -> Self:
         return cls(keep=1.0)
 
-    def prune_layers(self, num_layers: int) -> frozenset[int]:
-        return frozenset({self.layer - 1})
+    def stages(self, num_layers: int, images: int) -> Mapping[int, int]:
+        return {self.layer - 1: round(images * self.keep)}
 
     def prune(self, call: AttentionCall) -> Tensor | None:
         if call.image_mask is None:
             return None
-        images = call.image_mask.sum(-1)
-        fewest = int(images.min())
-        drop = fewest - round(fewest * self.keep)
-        if drop == 0:
-            return None
-        scores = _last_row(call).masked_fill(~call.image_mask, float("inf"))
-        # text has infinite scores, so the smallest ones are image tokens
-        lost = scores.topk(drop, dim=-1, largest=False).indices
-        stays = torch.ones_like(call.image_mask).scatter(1, lost, False)
-        return stays.int().argsort(dim=-1, descending=True, stable=True)[:, : call.kv_len - drop]
-
-
-def _last_row(call: AttentionCall) -> Tensor:
-    """Attention of the last real prompt token, averaged over the heads: fp32 [B, kv_len]."""
-    if call.mask is None:
-        last = torch.full((call.query.shape[0],), call.q_len - 1, device=call.query.device)
-        allowed = torch.ones(call.query.shape[0], call.kv_len, dtype=torch.bool, device=call.query.device)
-    elif call.mask.ndim == 2:
-        last = call.mask.int().cumsum(-1).argmax(-1) - call.q_offset
-        allowed = call.mask
-    else:
-        last = torch.full((call.query.shape[0],), call.q_len - 1, device=call.query.device)
-        allowed = call.mask[:, 0, -1]
-    rows = torch.arange(call.query.shape[0], device=last.device)
-    query = call.query[rows, :, last].float()
-    batch, heads, dim = query.shape
-    # [B, Hkv, G, D] x [B, Hkv, kv_len, D]
-    grouped = query.view(batch, call.key.shape[1], -1, dim)
-    scores = grouped @ call.key.float().transpose(-1, -2) * call.scaling
-    if call.softcap is not None:
-        scores = call.softcap * torch.tanh(scores / call.softcap)
-    probs = scores.masked_fill(~allowed[:, None, None], float("-inf")).softmax(-1)
-    return probs.reshape(batch, heads, -1).mean(1)
+        fewest = int(call.image_mask.sum(-1).min())
+        drop = count_to_drop(call, round(fewest * self.keep))
+        return drop_worst(call, last_token_attention(call), drop) if drop else None

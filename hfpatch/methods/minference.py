@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -13,11 +13,14 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from hfpatch.calibrated import ModelSizes, read_calibrated
 from hfpatch.call import AttentionCall
 from hfpatch.errors import ConfigError, DataMissingError
 from hfpatch.methods.base import Card, Method, option, register_patcher
 from hfpatch.plan import Dense, Plan, Window
 from hfpatch.selection import Grid, block_mean, dots, grid_of, line_mass, per_list, top
+
+FORMAT = "hfpatch-minference-patterns"
 
 # Names of the official pattern files beside ours.
 _KINDS = {
@@ -63,7 +66,7 @@ class _Sizes(NamedTuple):
 class MInference(Method):
     """Per head: key columns and diagonals ("vertical-slash"), first and last tokens ("A-shape"), or the best blocks.
 
-    `patterns` names a JSON file with the pattern of each head (`search_patterns` writes one; the official ones are
+    `patterns` names a JSON file with the pattern of each head (`hfpatch calibrate` makes one; the official ones are
     read too). Heads without an entry have `pattern`. Columns and diagonals are those with the most attention from the
     last `last_q` queries, blocks those with the largest products of block means. Chunks shorter than a block and decode
     steps are dense.
@@ -125,9 +128,9 @@ class MInference(Method):
         """Tokens after a query's own block take part in choosing what the query sees."""
         return True
 
-    def fits(self, num_layers: int, num_heads: int, head_dim: int) -> None:
+    def fits(self, sizes: ModelSizes) -> None:
         if self.patterns is not None:
-            self._table(self.patterns, num_layers, num_heads)
+            self._table(self.patterns, sizes.num_layers, sizes.num_heads)
 
     @classmethod
     def neutral(cls) -> Self:
@@ -207,7 +210,7 @@ class MInference(Method):
             raise ConfigError(
                 f"{self.name}: patterns={path!r} is for {len(table.layers)} layers with "
                 f"{'' if table.exact else 'at least '}{table.num_heads} query heads; this model has {num_layers} "
-                f"layers with {num_heads}. Use the file of this model, or search one with search_patterns; heads= "
+                f"layers with {num_heads}. Use the file of this model, or make one with hfpatch calibrate; heads= "
                 "cannot be combined with a file."
             )
         return table
@@ -262,17 +265,21 @@ class PatternTable:
     num_heads: int
     exact: bool = True
 
+    def content(self) -> dict[str, Any]:
+        """The layers as JSON values."""
+        return {"layers": [{str(head): list(pattern) for head, pattern in layer.items()} for layer in self.layers]}
+
     def save(self, path: str | Path) -> Path:
         """Write JSON that the option `patterns` reads."""
-        layers = [{str(head): list(pattern) for head, pattern in layer.items()} for layer in self.layers]
-        content = {"num_layers": len(layers), "num_heads": self.num_heads, "layers": layers}
+        content = {"num_layers": len(self.layers), "num_heads": self.num_heads, **self.content()}
         target = Path(path)
         target.write_text(json.dumps(content, indent=1) + "\n")
         return target
 
 
 def load_patterns(path: str | Path) -> PatternTable:
-    """Read a pattern file: ours, or the official list `[{"<head>": [kind, n_vertical, n_slash, score]}, ...]`.
+    """Read a pattern file: of a calibration, of `PatternTable.save`, or the official list
+    `[{"<head>": [kind, n_vertical, n_slash, score]}, ...]`.
 
     Raises DataMissingError, or ConfigError naming the entry that cannot be read.
     """
@@ -280,12 +287,15 @@ def load_patterns(path: str | Path) -> PatternTable:
         content = json.loads(Path(path).read_text())
     except FileNotFoundError as error:
         raise DataMissingError(
-            f"patterns={str(path)!r}: there is no such file. Write one with search_patterns, or leave the option out."
+            f"patterns={str(path)!r}: there is no such file. Make one with hfpatch calibrate, or leave the option out."
         ) from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"patterns={str(path)!r}: cannot read this pattern file: {error}.") from error
     where = f"patterns={str(path)!r}"
     shape: dict[str, Any] = {}
+    if isinstance(content, dict) and "format" in content:
+        header, content = read_calibrated(str(path), "patterns", FORMAT)
+        content = {"num_layers": header.sizes.num_layers, "num_heads": header.sizes.num_heads, **content}
     if isinstance(content, dict):
         known = ("num_layers", "num_heads", "layers")
         for key in content:
@@ -340,101 +350,3 @@ def _read(path: str) -> PatternTable:
     """The file's content, read again when it has changed."""
     file = Path(path)
     return _read_at(path, file.stat().st_mtime_ns if file.is_file() else 0)
-
-
-# Search ---------------------------------------------------------------------------------------------------------------
-
-# The paper's candidates, equal in work at 30k tokens.
-_PAPER_LENGTH = 30_000
-_PAPER_CANDIDATES = (
-    Pattern("a_shape", 1024, 4096),
-    Pattern("vertical_slash", 30, 2048),
-    Pattern("vertical_slash", 100, 1800),
-    Pattern("vertical_slash", 500, 1500),
-    Pattern("vertical_slash", 3000, 200),
-    Pattern("block_sparse", 100),
-)
-
-
-def search_patterns(
-    model: Any,
-    tokenizer: Any,
-    text: str,
-    *,
-    candidates: Sequence[Pattern] | None = None,
-    options: MInference | None = None,
-    max_tokens: int = _PAPER_LENGTH,
-) -> PatternTable:
-    """Find for every head the pattern that keeps most of its attention mass on `text`.
-
-    The model runs dense once. In each layer, each candidate's share of the softmax is read off the log-sum-exp of its
-    sparse attention, as a mean over the queries after the first twelfth of the text.
-
-    Args:
-        model: a transformers model without patches on its attention.
-        tokenizer: called as `tokenizer(text, return_tensors="pt")`.
-        text: long, and of the kind that the model will read; the paper uses one prompt of key-value retrieval.
-        candidates: what to choose from, the first of equals wins; None = the paper's, whose sizes are scaled down with
-            the text where it is shorter than 30k tokens.
-        options: block size, lines that are always kept and the like, as they will be used.
-        max_tokens: the text is cut here.
-
-    Returns:
-        A table to `save`, with scores and with the sizes that were tried. Layers that slide natively have no entries.
-    """
-    # the search runs a model and kernels, of which methods know nothing otherwise
-    from hfpatch.patch import patch
-
-    ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :max_tokens].to(model.device)
-    method = options or MInference()
-    if ids.shape[1] <= method.block_size:
-        raise ConfigError(
-            f"search_patterns: the text has {ids.shape[1]} tokens, no more than one block of {method.block_size}. "
-            "Give a longer one, or options with a smaller block_size."
-        )
-    if candidates is None:
-        scale = min(ids.shape[1] / _PAPER_LENGTH, 1.0)
-        candidates = [Pattern(c.kind, round(c.first * scale), round(c.second * scale)) for c in _PAPER_CANDIDATES]
-    search = _Search(candidates=tuple(candidates), method=method)
-    with patch(model, search), torch.no_grad():
-        model(input_ids=ids, use_cache=False)
-    layers = tuple(search.found.get(layer, {}) for layer in range(search.shape["num_layers"]))
-    return PatternTable(layers, search.shape["num_heads"])
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Search(Method):
-    """Tries candidates on each layer's attention, and leaves it dense."""
-
-    name: ClassVar[str] = "pattern_search"
-    card: ClassVar[Card] = Card(family="attention", summary="", paper=MInference.card.paper, phase="prefill")
-
-    candidates: tuple[Pattern, ...] = field(default=_PAPER_CANDIDATES)
-    method: MInference = field(default_factory=MInference)
-    found: dict[int, dict[int, Pattern]] = field(default_factory=dict)
-    shape: dict[str, int] = field(default_factory=dict)
-
-    def plan(self, call: AttentionCall) -> Plan:
-        from hfpatch.kernels import attend
-
-        heads = call.query.shape[1]
-        self.shape.update(num_layers=call.num_layers, num_heads=heads)
-        call = replace(call, need_lse=True, sinks=None)
-        rows = slice(call.q_len // 12, None)
-        whole = _lse(attend(call, Window(0, call.kv_len)))[:, :, rows]
-        kept = []
-        for candidate in self.candidates:
-            plan = self.method.plan_of(call, [candidate] * heads)
-            lse = whole if plan.keeps_all(call) else _lse(attend(call, plan))[:, :, rows]
-            kept.append((lse - whole).exp().mean((0, 2)))
-        score, best = torch.stack(kept).max(0)
-        self.found[call.layer_idx] = {
-            head: self.candidates[index]._replace(score=round(value, 4))
-            for head, (index, value) in enumerate(zip(best.tolist(), score.tolist(), strict=True))
-        }
-        return Dense()
-
-
-def _lse(result: tuple[Tensor, Tensor | None]) -> Tensor:
-    assert result[1] is not None
-    return result[1]

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hfpatch.calibrated import ModelSizes, read_calibrated
 from hfpatch.call import AttentionCall
 from hfpatch.errors import ConfigError
 from hfpatch.methods.base import Card, Method, option, register_patcher
 from hfpatch.plan import Dense, Plan
 from hfpatch.selection import block_sum, cover, dots, grid_of, normalised, per_list
+
+FORMAT = "hfpatch-xattention-thresholds"
 
 # Tile scores that exist at a time: 64 MiB in fp32.
 _SCORES = 1 << 24
@@ -33,8 +36,8 @@ class XAttention(Method):
     every key takes part once; a softmax over the tiles of a row gives masses, summed by block. The first block and the
     diagonal always stay. Chunks shorter than a block, prompts of one block and decode steps are dense.
 
-    `thresholds` names a JSON file `[layers][query heads]` with a tau for each head. Softcaps and learned sinks are not
-    in the scores, and lists per KV group take the largest mass of the group's heads.
+    `thresholds` names a JSON file with a tau for each head, made by `hfpatch calibrate` or `[layers][query heads]`.
+    Softcaps and learned sinks are not in the scores, and lists per KV group take the largest mass of the group's heads.
 
     Source: XAttention: Block Sparse Attention with Antidiagonal Scoring, arXiv 2503.16428, algorithm 1.
     """
@@ -111,17 +114,28 @@ class XAttention(Method):
             )
         return table
 
-    def fits(self, num_layers: int, num_heads: int, head_dim: int) -> None:
+    def fits(self, sizes: ModelSizes) -> None:
         if self.thresholds is not None:
-            self._table(self.thresholds, num_layers, num_heads)
+            self._table(self.thresholds, sizes.num_layers, sizes.num_heads)
+
+
+def _read_thresholds(path: str) -> list[list[float]]:
+    file = Path(path)
+    return _read_thresholds_at(path, file.stat().st_mtime_ns if file.is_file() else 0)
 
 
 @lru_cache(maxsize=8)
-def _read_thresholds(path: str) -> list[list[float]]:
+def _read_thresholds_at(path: str, modified: int) -> list[list[float]]:
+    """The file's table, read again when it has changed."""
     try:
-        table = json.loads(Path(path).read_text())
+        table = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"thresholds={path!r}: cannot read this file: {error}.") from error
+    if isinstance(table, dict):
+        table = read_calibrated(path, "thresholds", FORMAT)[1].get("thresholds")
+    try:
         table = [[float(tau) for tau in layer] for layer in table]
-    except (OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"thresholds={path!r}: cannot read [layers][heads] from it: {error}.") from error
     if not table or not table[0] or len({len(layer) for layer in table}) > 1:
         raise ConfigError(f"thresholds={path!r}: the layers must all have one number for each query head.")

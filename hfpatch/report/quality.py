@@ -11,7 +11,15 @@ from typing import Any
 from hfpatch.errors import ConfigError
 from hfpatch.recipe import parse_value
 from hfpatch.report.run import sample_key
-from hfpatch.report.stats import INDICATIVE, perplexity, perplexity_bootstrap, stratified_bootstrap, win_tie_loss
+from hfpatch.report.stats import (
+    INDICATIVE,
+    perplexity,
+    perplexity_bootstrap,
+    stratified_bootstrap,
+    weighted_bootstrap,
+    weighted_mean,
+    win_tie_loss,
+)
 from hfpatch.report.words import row_label, shorten, signed, table_label
 
 DENSE = "dense"
@@ -75,6 +83,11 @@ def score_of(row: Row, metric: str) -> float:
     return 0.0 if value is None else float(value)
 
 
+def weight_of(row: Row, metric: str) -> float:
+    """What a sample counts in the mean of a metric: 1, unless its task says otherwise (`weights`)."""
+    return float((row.get("weights") or {}).get(metric, 1.0))
+
+
 def _scored(row: Row, metric: str) -> bool:
     return not row["error"] and (row["scores"] or {}).get(metric) is not None
 
@@ -125,6 +138,8 @@ class Part:
     dense_without_errors: float | None
     patched_without_errors: float | None
     tokens: list[int]
+    dense_weights: list[float]
+    patched_weights: list[float]
 
     @classmethod
     def of(cls, pairs: Sequence[Pair], metric: str, lower: bool) -> Part:
@@ -137,7 +152,8 @@ class Part:
             ran = [pair for pair in ran if all(_scored(row, metric) for row in pair if row is not None)]
         arms = [[row for pair in ran if (row := pair[side]) is not None] for side in (0, 1)]
         scores = [[score_of(row, metric) for row in arm] for arm in arms]
-        without = [mean(score_of(row, metric) for row in arm if not row["error"]) for arm in arms]
+        weights = [[weight_of(row, metric) for row in arm] for arm in arms]
+        without = [_mean_without_errors(arm, metric) for arm in arms]
         return cls(
             dense=scores[0],
             patched=scores[1],
@@ -146,6 +162,8 @@ class Part:
             dense_without_errors=without[0],
             patched_without_errors=without[1],
             tokens=[int(either(pair).get("tokens") or 0) for pair in ran],
+            dense_weights=weights[0],
+            patched_weights=weights[1],
         )
 
     @property
@@ -155,6 +173,21 @@ class Part:
     @property
     def paired(self) -> bool:
         return bool(self.dense and self.patched)
+
+    @property
+    def weighted(self) -> bool:
+        return any(weight != 1 for weight in (*self.dense_weights, *self.patched_weights))
+
+    def mean(self, arm: str) -> float | None:
+        """Of the "dense" or the "patched" scores; None if there are none."""
+        scores = getattr(self, arm)
+        return weighted_mean(scores, getattr(self, f"{arm}_weights")) if scores else None
+
+
+def _mean_without_errors(rows: Sequence[Row], metric: str) -> float | None:
+    rows = [row for row in rows if not row["error"]]
+    scores, weights = ([f(row, metric) for row in rows] for f in (score_of, weight_of))
+    return weighted_mean(scores, weights) if rows else None
 
 
 def quality_rows(tables: Sequence[Group]) -> list[dict[str, Any]]:
@@ -238,11 +271,16 @@ def _compare(parts: Sequence[Part], lower: bool) -> dict[str, Any]:
     n = sum(part.n for part in parts)
     out: dict[str, Any] = {"n": n, "dense": None, "patched": None, "lower_is_better": lower, "subtasks": None}
     for arm in ("dense", "patched"):
-        means = [mean(getattr(part, arm)) for part in parts]
+        means = [part.mean(arm) for part in parts]
         out[arm] = None if None in means else mean(means)
     out |= {"delta": None, "ci": None, "win": None, "tie": None, "loss": None, "indicative": n < INDICATIVE}
     if paired:
-        delta, low, high = stratified_bootstrap([(part.dense, part.patched) for part in parts])
+        if any(part.weighted for part in parts):
+            delta, low, high = weighted_bootstrap(
+                [(part.dense, part.dense_weights, part.patched, part.patched_weights) for part in parts]
+            )
+        else:
+            delta, low, high = stratified_bootstrap([(part.dense, part.patched) for part in parts])
         out |= {"delta": delta, "ci": [low, high]}
         dense, patched = ([v for part in parts for v in getattr(part, arm)] for arm in ("dense", "patched"))
         wins, ties, losses = win_tie_loss(dense, patched)

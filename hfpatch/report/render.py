@@ -15,10 +15,11 @@ from typing import Any, ClassVar
 
 from hfpatch.errors import ConfigError
 from hfpatch.report.figures import Chart, charts, inline_svg, save
+from hfpatch.report.image_cost import cost_text
 from hfpatch.report.quality import is_better, main_rows, matrices, reading, subtask_rows
 from hfpatch.report.results import summarise, verdict
 from hfpatch.report.run import RunDir, write_atomically
-from hfpatch.report.words import patch_text, signed, speed_text, table_label, tokens_text
+from hfpatch.report.words import patch_text, selection_text, signed, speed_text, table_label, tokens_text
 
 FORMATS = ("md", "html")
 NONE = "–"
@@ -434,6 +435,7 @@ def timing_blocks(
                     row += [_decimal(times["median"]), spread, _decimal(times["min"])]
             row.append(" / ".join(str(entry[arm]["n"]) for arm in ARMS if entry[arm]))
             row.append(speed_text(entry["ratio"]) if entry["ratio"] else NONE)
+            row.append(selection_text(entry))
             row.append(NONE if entry["density"] is None else f"{100 * entry['density']:.1f} %")
             table.append([*row, entry["kernel"] or NONE])
     if table:
@@ -444,8 +446,10 @@ def timing_blocks(
         dense = about["baseline"] or "the unpatched model"
         blocks.append(Text(f"Dense is {dense}, on {where}." if names == ARMS else f"On {where}."))
         is_ = f"{names[1]} is"
-        header = ["what", "length", names[0], "IQR", "min", names[1], "IQR", "min", "n", is_, "kept", "kernel"]
-        blocks.append(_compact(header, table, ("what", is_, "kernel")))
+        header = ["what", "length", names[0], "IQR", "min", names[1], "IQR", "min", "n", is_]
+        blocks.append(_compact([*header, "selection", "kept", "kernel"], table, ("what", is_, "kernel")))
+        if any(entry.get("selection") for entry in timing["prefill"]):
+            blocks.append(Text(f"Selection: the part of {names[1]} in which keys are chosen, in ms and as a share."))
         found = {w: b["text"] for w, b in timing["break_even"].items() if timing[w] and b["text"] != "not measured"}
         if found:
             said = "; ".join(f"{what}: {text.replace('dense', names[0])}" for what, text in found.items())
@@ -490,6 +494,8 @@ def _density(results: Mapping[str, Any], pictures: Mapping[str, Picture]) -> lis
         asked = results["patch"] if density["asked"] is None else f"{100 * density['asked']:.1f} % ({results['patch']})"
         text = f"Asked for {asked}. Kept of the causal pairs, over all layers and samples: {', '.join(kept)}."
         blocks.append(Text(text))
+        if results["image_tokens"]:
+            blocks.append(Text(f"Image tokens: {cost_text(results['image_tokens'])}."))
         rows = [
             [tokens_text(d["length"])]
             + [NONE if d[p] is None else f"{100 * d[p]:.1f} %" for p in ("prefill", "decode")]

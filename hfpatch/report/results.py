@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from hfpatch.report.image_cost import cost_text, mean_cost
 from hfpatch.report.quality import (
     DENSE,
     Group,
@@ -87,6 +88,7 @@ def summarise(run: RunDir) -> Results:
         "controls": _controls(tables_of(controls, patched)),
         "fidelity": fidelity,
         "density": _density(recipe, patched_rows, layers),
+        "image_tokens": mean_cost(patched_rows),
         "kernels": _kernels(layers, patched_rows),
         "fallbacks": _fallbacks(patched_rows),
         "errors": _errors(ran),
@@ -116,6 +118,8 @@ def verdict(results: Results) -> dict[str, str]:
     kept, asked = results["density"]["prefill"], results["density"]["asked"]
     if kept is not None:
         parts.append(f"keeps {100 * kept:.1f} % in prefill" + (f" (asked {100 * asked:.1f} %)" if asked else ""))
+    if cost := results["image_tokens"]:
+        parts.append(cost_text(cost))
     only = [arm for arm in results["arms"] if results["arms"][arm]]
     if worst == "none" and only == [DENSE]:
         means = [q for q in decisive(results["quality"]) if q["dense"] is not None]
@@ -391,6 +395,11 @@ def timing_of(rows: Sequence[Row], patched: str | None) -> Results:
             for name, arm in (("dense", DENSE), ("patched", patched)):
                 entry[name] = _spread([row["ms"] for row in group if row["arm"] == arm])
             entry["ratio"] = _ratio(entry["dense"], entry["patched"], "median")
+            # choosing keys is part of the patched times
+            chose = [row for row in group if row["arm"] == patched and row.get("selection_ms") is not None]
+            entry["selection"] = _spread([row["selection_ms"] for row in chose])
+            shares = _spread([row["selection_ms"] / row["ms"] for row in chose])
+            entry["selection_share"] = shares["median"] if shares else None
             entry["density"] = mean(row["density"] for row in group if row["arm"] == patched)
             entry["kernel"] = ", ".join(
                 sorted({str(r["kernel"]) for r in group if r["arm"] == patched and r["kernel"]})

@@ -33,7 +33,7 @@ SAMPLE_KEYS = (
     "density_decode", "kernel", "fallbacks", "error",
 )  # fmt: skip
 BENCH_KEYS = (
-    "schema", "run", "arm", "what", "length", "repeat", "ms", "weights_mb", "kv_mb", "peak_prefill_mb",
+    "schema", "run", "arm", "what", "length", "repeat", "ms", "selection_ms", "weights_mb", "kv_mb", "peak_prefill_mb",
     "peak_decode_mb", "dtype", "device", "device_name", "threads", "batch", "baseline", "density", "kernel", "seed",
     "torch", "transformers", "hfpatch",
 )  # fmt: skip

@@ -48,6 +48,40 @@ def stratified_bootstrap(
     return delta / len(strata), float(low), float(high)
 
 
+def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    """0 where nothing has weight. Raises ValueError for unequal lengths."""
+    total = float(np.sum(weights))
+    if len(values) != len(weights):
+        raise ValueError(f"need a weight for each of {len(values)} values, got {len(weights)}")
+    return float(np.dot(values, weights)) / total if total else 0.0
+
+
+def weighted_bootstrap(
+    strata: Sequence[tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]],
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """As `stratified_bootstrap`, of the difference of weighted means; each stratum is (a, its weights, b, its weights).
+
+    Both arms' values and weights are resampled together, as they belong to one sample.
+    """
+    if not strata:
+        raise ValueError("need at least one stratum")
+    generator = np.random.default_rng(seed)
+    delta, drawn = 0.0, np.zeros(resamples)
+    for a, a_weights, b, b_weights in strata:
+        if not len(a) == len(b) == len(a_weights) == len(b_weights) or len(a) == 0:
+            raise ValueError(f"need as many a as b, and at least one, got {len(a)} and {len(b)}")
+        delta += weighted_mean(b, b_weights) - weighted_mean(a, a_weights)
+        columns = np.stack([np.multiply(a, a_weights), a_weights, np.multiply(b, b_weights), b_weights], axis=1)
+        kinds, counts = np.unique(columns.astype(np.float64), axis=0, return_counts=True)
+        sums = _resampled_sums(generator, len(a), counts / len(a), kinds, resamples)
+        means = np.divide(sums[:, ::2], sums[:, 1::2], out=np.zeros((resamples, 2)), where=sums[:, 1::2] > 0)
+        drawn += means[:, 1] - means[:, 0]
+    low, high = np.percentile(drawn / len(strata), [2.5, 97.5])
+    return delta / len(strata), float(low), float(high)
+
+
 def perplexity(nll: Sequence[float], tokens: Sequence[int]) -> float:
     """exp of the mean negative log-likelihood (nats per token) of windows of `tokens` tokens each.
 

@@ -15,6 +15,7 @@ from typing import Any
 from hfpatch.errors import ConfigError, DataMissingError
 from hfpatch.recipe import Point, Recipe
 from hfpatch.report.figures import Chart, inline_svg, save
+from hfpatch.report.image_tokens import image_chart
 from hfpatch.report.quality import DENSE, decisive, reading, subtask_rows
 from hfpatch.report.render import FORMATS, NONE, Block, Bullets, Code, Picture, Section, Table, Text, write
 from hfpatch.report.results import FIDELITY, summarise, verdict
@@ -144,7 +145,8 @@ def summarise_sweep(sweep: SweepDir) -> Summary:
 
 
 def _point(entry: Mapping[str, Any], run: RunDir | None, sweep: SweepDir) -> Summary:
-    point: Summary = {**entry, **dict.fromkeys(("run", "model", "baseline", "verdict", "memory"))}
+    point: Summary = {**entry, **dict.fromkeys(("run", "model", "baseline", "verdict", "memory", "image_tokens"))}
+    point["patch"] = DENSE
     point |= {key: [] for key in ("quality", "subtasks", "expect", "warnings", "pareto")}
     point |= {"density": dict.fromkeys(PHASES), "time": dict.fromkeys(PHASES)}
     if run is None:
@@ -153,7 +155,9 @@ def _point(entry: Mapping[str, Any], run: RunDir | None, sweep: SweepDir) -> Sum
     timing = results["timing"]
     patched = bool((results["recipe"] or {}).get("patches"))
     point |= {"run": str(run.path.relative_to(sweep.path)), "verdict": verdict(results)}
-    point |= {key: results[key] for key in ("model", "expect")}
+    point |= {key: results[key] for key in ("model", "expect", "image_tokens")}
+    if patched:
+        point["patch"] = " + ".join(patch["use"] for patch in results["recipe"]["patches"])
     point |= {"warnings": [*results["warnings"], *timing["notes"]], "baseline": timing["circumstances"].get("baseline")}
     subtasks = [q for q in subtask_rows(results["quality"]) if q["overall"]]
     for name, rows in (("quality", decisive(results["quality"])), ("subtasks", subtasks)):
@@ -318,7 +322,8 @@ def sweep_charts(results: Summary) -> list[Chart]:
             title = f"{subject} · quality against {name.partition('-')[2]}{_where(points, what)}"
             draw = _draw_kept if what == "kept" else _draw_ms if absolute else _draw_time
             made.append(Chart(name, title, caption + bars + filled, _HEADER, tuple(rows), draw))
-    return made
+    images = image_chart(points, subject)
+    return [images, *made] if images is not None else made
 
 
 def _where(points: Sequence[Summary], what: str) -> str:
@@ -534,7 +539,13 @@ def points_table(results: Mapping[str, Any]) -> Table:
     lengths = {t["length"] for p in points for t in (*p["time"].values(), p["memory"]) if t}
     at = f" at {tokens_text(lengths.pop())}" if len(lengths) == 1 else ""
     header = ["point", "against dense", *(name for task in beside for name in (task, "Δ [95 % CI]", "n"))]
-    header += ["kept in prefill", "kept in decode", *(f"{name}{at}" for name in (*PHASES, "KV cache", "peak memory"))]
+    header += [
+        "kept image tokens",
+        "FLOPs",
+        "kept in prefill",
+        "kept in decode",
+        *(f"{name}{at}" for name in (*PHASES, "KV cache", "peak memory")),
+    ]
     rows, states = [], []
     for point in points:
         said = point["verdict"] if point["state"] == "done" else None
@@ -545,6 +556,12 @@ def points_table(results: Mapping[str, Any]) -> Table:
             q = next((q for q in point["quality"] if _series(q) == task), None)
             states[-1] += ["", (q and q["reading"]) or "", ""]
             row += [NONE] * 3 if q is None else [f"{q['value']:.3f}", _delta(q), f"{q['n']}{'*' * q['indicative']}"]
+        cost = point["image_tokens"]
+        row += (
+            [f"{cost['average']:.1f} of {cost['images']:.0f}", f"{100 * cost['flops_share']:.1f} %"]
+            if cost
+            else [NONE] * 2
+        )
         row += [NONE if point["density"][x] is None else f"{100 * point['density'][x]:.1f} %" for x in PHASES]
         row += [_time_text(point["time"][phase], not at) for phase in PHASES]
         for keys in (("kv_mb",), ("peak_prefill_mb", "peak_decode_mb")):

@@ -1,4 +1,4 @@
-"""Where a run tells how far it is. The command line passes one that draws bars; this one says nothing."""
+"""Where long work tells how far it is. The command line passes one that draws bars; this one says nothing."""
 
 from __future__ import annotations
 
