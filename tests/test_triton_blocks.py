@@ -106,17 +106,11 @@ def test_cases_cover_every_plan(plan):
     assert any(isinstance(case.plan(case.call(torch.float32)), plan) for case in CASES)
 
 
-def test_long_rows_start_first_and_the_others_head_by_head():
-    counts = torch.ones(1, 2, 6, dtype=torch.int32)
-    counts[0, 1, 2] = 40
-    counts[0, 0, 4] = 90
-    plan = Blocks(torch.zeros(1, 2, 6, 90, dtype=torch.int32), counts, 16, 16)
-    order = triton_blocks._schedule(plan, 2, 4).tolist()
-    assert sorted(order) == list(range(2 * 4 * 6))
-    # heads 0 and 1 read the first list, 2 and 3 the second
-    heaviest = [b * 24 + h * 6 + 4 for b in range(2) for h in (0, 1)]
-    heavy = [b * 24 + h * 6 + 2 for b in range(2) for h in (2, 3)]
-    assert order[:4] == heaviest and order[4:8] == heavy
-    assert order[8:13] == [5, 3, 2, 1, 0]
-    even = replace(plan, blk_cnt=torch.arange(1, 7, dtype=torch.int32).expand(1, 2, 6))
-    assert triton_blocks._schedule(even, 1, 2).tolist() == [5, 4, 3, 2, 1, 0, 11, 10, 9, 8, 7, 6]
+def test_long_rows_start_first():
+    counts = torch.tensor([[[1, 2, 3, 4], [1, 9, 3, 4]]], dtype=torch.int32)
+    plan = Blocks(torch.zeros(1, 2, 4, 9, dtype=torch.int32), counts, 16, 16)
+    assert triton_blocks._schedule(plan).tolist() == [[[3, 2, 1, 0], [1, 3, 2, 0]]]
+    # columns are keys, blocks hold 16 of them
+    columns = torch.tensor([[[40, 0, 0, 0], [0, 0, 0, 90]]], dtype=torch.int32)
+    plan = replace(plan, col_idx=torch.zeros(1, 2, 4, 90, dtype=torch.int32), col_cnt=columns)
+    assert triton_blocks._schedule(plan).tolist() == [[[3, 0, 2, 1], [3, 1, 2, 0]]]

@@ -141,7 +141,7 @@ def _blocks(call: AttentionCall, plan: Blocks, out: Tensor, lse: Tensor, table: 
         "blk_cnt": plan.blk_cnt.contiguous(),
         "col_idx": columns,
         "col_cnt": plan.column_counts().contiguous() if columns is not None else None,
-        "schedule": _schedule(plan, call.query.shape[0], heads // packed),
+        "schedule": _schedule(plan),
         "num_lists": plan.blk_idx.shape[2],
         "max_blocks": plan.blk_idx.shape[3],
         "max_columns": columns.shape[3] if columns is not None else 0,
@@ -154,26 +154,19 @@ def _blocks(call: AttentionCall, plan: Blocks, out: Tensor, lse: Tensor, table: 
         "COLUMNS": columns is not None,
         "PADDED": call.mask is not None,
     }
-    grid = (args["schedule"].numel() * tiles_q, 1)
+    grid = (-(-call.q_len // plan.block_q) * tiles_q, call.query.shape[0] * heads // packed)
     return Launch("blocks_fwd_kernel", grid, args, options)
 
 
-def _schedule(plan: Blocks, batch: int, heads: int) -> Tensor:
-    """int32 [batch * heads * NQ]: row blocks in the order in which their programs start, as `(b * heads + h) * NQ + n`.
+def _schedule(plan: Blocks) -> Tensor:
+    """int32 like `blk_cnt`: the row blocks of each list, longest first, in the order in which their programs start.
 
-    The chip starts programs in order, so a row with a long list that came late would run alone at the end. Rows much
-    longer than the mean come first; the others stay head by head, so that neighbours find their keys in the L2 cache,
-    from the last one back, since causal lists grow.
+    The chip starts programs in order, so a row with a long list that came late would run alone at the end.
     """
     cost = plan.blk_cnt * plan.block_k
     if plan.col_idx is not None:
         cost = cost + plan.column_counts()
-    rows = cost.shape[-1]
-    cost = cost.repeat_interleave(heads // cost.shape[1], 1).expand(batch, -1, -1).flip(-1).flatten()
-    # in units of twice the mean: of a dense causal plan no row is heavier than one
-    weight = (cost / (2 * cost.float().mean() + 1)).ceil().clamp(min=1)
-    place = weight.sort(descending=True, stable=True).indices.to(torch.int32)
-    return place - place % rows + (rows - 1 - place % rows)
+    return cost.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
 
 
 def _window(

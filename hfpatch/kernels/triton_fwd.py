@@ -171,12 +171,16 @@ def blocks_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Listed key blocks, then listed key columns. Grid: (B * GRID_HEADS * query blocks * TILES_Q, 1)."""
-    place = tl.load(schedule + tl.program_id(0) // TILES_Q)
+    """Listed key blocks, then listed key columns. Grid: (query blocks * TILES_Q, B * GRID_HEADS)."""
+    batch = (tl.program_id(1) // GRID_HEADS).to(tl.int64)
+    group = tl.program_id(1) % GRID_HEADS
     part = tl.program_id(0) % TILES_Q
-    block = place % num_lists
-    batch = (place // num_lists // GRID_HEADS).to(tl.int64)
-    group = place // num_lists % GRID_HEADS
+    which = group * LIST_HEADS // GRID_HEADS
+    if LIST_BATCHED:
+        which += batch * LIST_HEADS
+    which = which.to(tl.int64) * num_lists
+    block = tl.load(schedule + which + tl.program_id(0) // TILES_Q)
+    which += block
     first = block * BLOCK_Q + part * BLOCK_M // HEADS
     if first >= q_len:
         return
@@ -202,10 +206,6 @@ def blocks_fwd_kernel(
         real_query = tl.load(padding + batch * kv_len + position, mask=inside, other=0) != 0
         position = tl.where(real_query, position, -1)
 
-    which = group * LIST_HEADS // GRID_HEADS
-    if LIST_BATCHED:
-        which += batch * LIST_HEADS
-    which = which.to(tl.int64) * num_lists + block
     ids = blk_idx + which * max_blocks
     count = tl.load(blk_cnt + which)
     # ids ascend: first the blocks that every row sees whole, then those on the diagonal, then the future
