@@ -1,5 +1,5 @@
-"""Write the option tables of docs/methods/*.md, docs/evals/*.md and docs/calibrate.md, and the tables of patchers and
-tasks, from the code.
+"""Write the option tables of docs/methods/*.md, docs/evals/*.md and docs/calibrate.md, the tables of patchers and
+tasks, and that of vision-language families (from the models of the tests), from the code.
 
 python docs/generate.py            rewrite what lies between the markers
 python docs/generate.py --check    exit 1 if something is out of date
@@ -61,6 +61,14 @@ def calibration_table() -> str:
     return "\n".join(rows)
 
 
+def family_table() -> str:
+    """What image methods do on tiny models of all vision-language families."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import tiny_vlm
+
+    return tiny_vlm.table()
+
+
 def fill(text: str, marker: str, content: str) -> str:
     pattern = rf"(<!-- {re.escape(marker)} -->\n).*?(<!-- end -->)"
     return re.sub(pattern, lambda m: m[1] + content + "\n" + m[2], text, flags=re.S)
@@ -74,6 +82,7 @@ def main() -> int:
         pages.setdefault(page, {})[f"options {name}"] = option_table(cls)
     tables = {f"options {cls.format()}": option_table(cls) for cls in calibrations()}
     pages[ROOT / "docs" / "calibrate.md"] = {"calibrations": calibration_table(), **tables}
+    pages[ROOT / "docs" / "support.md"] = {"families": family_table()}
     pages[ROOT / "docs" / "evaluations.md"] = {"tasks": task_table()}
     for page in sorted((ROOT / "docs" / "evals").glob("*.md")):
         pages[page] = {f"options {name}": option_table(cls) for name, cls in TASKS.items()}

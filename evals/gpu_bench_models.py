@@ -26,25 +26,8 @@ from hfpatch.evals.gpu_bench_timing import MB, Clock, Row, Run, Setup, Step, att
 from hfpatch.evals.latency import SelectionClock, dense_name, use_best_dense
 from hfpatch.methods.base import Method
 from hfpatch.patch import list_patchers, patch
+from hfpatch.shapes import CLIP_L, SHAPES, llava
 
-# Published config.json of each, what its defaults in transformers do not say already
-_LLAMA = {
-    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
-    "max_position_embeddings": 131072, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-}  # fmt: skip
-_QWEN = _LLAMA | {
-    "model_type": "qwen3", "intermediate_size": 12288, "num_hidden_layers": 36, "vocab_size": 151936,
-    "max_position_embeddings": 40960, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
-}  # fmt: skip
-_VICUNA = _LLAMA | {
-    "intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32064, "max_position_embeddings": 4096,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-}  # fmt: skip
-_CLIP = {
-    "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-    "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
-}  # fmt: skip
 _TINY = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     "vocab_size": 128, "num_hidden_layers": 3,
@@ -70,28 +53,18 @@ class Shape:
     vision: bool = False
 
     def config(self, toy: bool) -> dict[str, Any]:
-        text = {"llama-3.1-8b": _LLAMA, "qwen3-8b": _QWEN, "llava-1.5-7b": _VICUNA}[self.name]
+        text = SHAPES[self.name][0]
         text = text | (_TINY if toy else {}) | {"num_hidden_layers": self.layers, "tie_word_embeddings": False}
         if not self.vision:
             return text
-        tower = _CLIP | (_TINY_CLIP if toy else {})
-        images = (tower["image_size"] // tower["patch_size"]) ** 2  # type: ignore[operator]
-        return {
-            "model_type": "llava",
-            "text_config": text,
-            "vision_config": tower,
-            "image_token_id": self.image_token(toy),
-            "image_seq_length": images,
-            "vision_feature_layer": -2,
-            "vision_feature_select_strategy": "default",
-        }
+        return llava(text, CLIP_L | (_TINY_CLIP if toy else {}), self.image_token(toy))
 
     def image_token(self, toy: bool) -> int:
         return 127 if toy else 32000
 
     @property
     def published_layers(self) -> int:
-        return {"llama-3.1-8b": 32, "qwen3-8b": 36, "llava-1.5-7b": 32}[self.name]
+        return int(SHAPES[self.name][0]["num_hidden_layers"])
 
 
 def shapes(setup: Setup) -> list[Shape]:

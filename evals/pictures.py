@@ -36,8 +36,20 @@ def open_picture(path: Path) -> Any:
     image = _pillow()
     try:
         return image.open(path).convert("RGB")
-    except (OSError, ValueError, image.DecompressionBombError) as error:
+    except image.DecompressionBombError as error:
+        raise DataMissingError(f"image {str(path)!r} is too large: {error} Scale it down first.") from error
+    except (OSError, ValueError) as error:
         raise DataMissingError(f"cannot read image {str(path)!r}: {error}.") from error
+
+
+def check_takes_pictures(processor: Any, who: str) -> None:
+    """Raise UnsupportedError unless a model's processor takes pictures; `who` asks about them."""
+    if not hasattr(processor, "image_processor"):
+        kind = "no processor" if processor is None else type(processor).__name__
+        raise UnsupportedError(
+            f"{who} asks about images, and there is {kind}, which takes none: the model reads text only, or its folder "
+            "lacks processor_config.json and preprocessor_config.json. Copy them from the original."
+        )
 
 
 def _pillow() -> Any:
@@ -79,11 +91,7 @@ class Pictured(Task):
 
     @classmethod
     def reader(cls, processor: Any) -> Any:
-        if not hasattr(processor, "image_processor"):
-            raise UnsupportedError(
-                f"{cls.name} asks about images, and {type(processor).__name__} takes none: the model reads text only, "
-                "or its folder lacks processor_config.json and preprocessor_config.json. Copy them from the original."
-            )
+        check_takes_pictures(processor, cls.name)
         return processor
 
     @cached_property
@@ -124,6 +132,28 @@ class _Clock:
 
     def end(self) -> None:
         return
+
+
+@dataclass(frozen=True, kw_only=True)
+class PicturedTables(Pictured):
+    """One whose questions are read once, as tables: a cell of the report and its rows each."""
+
+    @cached_property
+    def _read(self) -> tuple[list[tuple[Cell, list[Any]]], list[str]]:
+        """Tables, and notes on them. Raises DataMissingError."""
+        raise NotImplementedError
+
+    def cells(self) -> list[Cell]:
+        return [cell for cell, _ in self._read[0]]
+
+    def count(self, cell: Cell) -> int:
+        return len(self._rows(cell))
+
+    def _rows(self, cell: Cell) -> list[Any]:
+        return next(rows for known, rows in self._read[0] if known == cell)
+
+    def notes(self) -> list[str]:
+        return self._read[1]
 
 
 @torch.no_grad()

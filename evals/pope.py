@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from hfpatch.errors import ConfigError, DataMissingError
 from hfpatch.evals import generation, pope_questions, tinyshapes
 from hfpatch.evals.base import Cell, Outcome, Sample, chosen_of, option, register_task
-from hfpatch.evals.pictures import TINYSHAPES, Pictured
+from hfpatch.evals.pictures import TINYSHAPES, PicturedTables
 from hfpatch.evals.rows import Row, read_rows, skipped
 
 _LABELS = ("yes", "no")
@@ -19,7 +19,7 @@ _LABELS = ("yes", "no")
 
 @register_task
 @dataclass(frozen=True, kw_only=True)
-class Pope(Pictured):
+class Pope(PicturedTables):
     """Polling-based Object Probing Evaluation, arXiv 2305.10355, with the official questions, or with your own.
 
     Scores, yes being the positive answer: `accuracy`, `f1`, `precision`, `recall` and `yes`, the share of that answer.
@@ -83,18 +83,6 @@ class Pope(Pictured):
 
     def _file(self, kind: str) -> Path | None:
         return next(iter(sorted(Path(self.data).glob(f"*_{kind}.json*"))), None)
-
-    def cells(self) -> list[Cell]:
-        return [cell for cell, _ in self._read[0]]
-
-    def count(self, cell: Cell) -> int:
-        return len(self._rows(cell))
-
-    def _rows(self, cell: Cell) -> list[Row]:
-        return next(rows for known, rows in self._read[0] if known == cell)
-
-    def notes(self) -> list[str]:
-        return self._read[1]
 
     def tokens_to_generate(self, cell: Cell) -> int:
         return self.max_new_tokens

@@ -50,25 +50,27 @@ def render(
     return text, _encode(tokenizer, text, add_special_tokens=False)
 
 
-def render_picture(processor: Any, user: str, *, system: str | None = None, mode: str = "auto") -> str:
-    """Text of a prompt with one picture before the words; `mode` as in `render`."""
+def render_picture(
+    processor: Any, user: str, *, system: str | None = None, mode: str = "auto", pictures: int = 1
+) -> str:
+    """Text of a prompt with pictures before the words; `mode` as in `render`."""
     if not uses_template(processor, mode):
         lines = [system] if system else []
-        return "\n".join([*lines, getattr(processor, "image_token", "<image>"), user])
+        return "\n".join([*lines, *[getattr(processor, "image_token", "<image>")] * pictures, user])
     turns = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
-    turns.append({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": user}]})
+    turns.append({"role": "user", "content": [*[{"type": "image"}] * pictures, {"type": "text", "text": user}]})
     text: str = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     return text
 
 
 def encode_pictures(processor: Any, texts: list[str], pictures: list[Any]) -> Any:
-    """The model's inputs for prompts with one picture each, padded on the left."""
+    """The model's inputs for prompts with one picture each, or a list of them, padded on the left."""
     begin = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
     # a template may have written it already
     special = not (begin and all(text.startswith(begin) for text in texts))
     return processor(
         text=texts,
-        images=[[picture] for picture in pictures],
+        images=[picture if isinstance(picture, list) else [picture] for picture in pictures],
         padding=len(texts) > 1,
         add_special_tokens=special,
         return_tensors="pt",

@@ -229,8 +229,9 @@ class Evaluation:
             return {"density_prefill": 1.0, "density_decode": 1.0, "kernel": self.attn, "fallbacks": {}}
         report = self.handle.report()
         facts = report.to_dict()
-        images = report.images
+        images, tower = report.images, report.density("tower")
         return {
+            **({"density_tower": tower} if tower is not None else {}),
             **({"image_tokens": {key: getattr(images, key) for key in KEYS}} if images is not None else {}),
             "density_prefill": report.density("prefill"),
             "density_decode": report.density("decode"),

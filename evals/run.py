@@ -89,7 +89,8 @@ def run_recipe(
         notes.append(f"LIMITED RUN – not comparable: the first {limit} samples of each task")
     run: RunDir | None = None
     try:
-        with _deterministic(recipe.runtime.deterministic), reading(tokenizer), _patched(loaded, recipe) as handle:
+        settings = _deterministic(recipe.runtime.deterministic)
+        with settings, reading(loaded.processor), _patched(loaded, recipe) as handle:
             if shard.is_main:
                 if resume is not None:
                     run = RunDir.resume(resume, recipe.hash())

@@ -190,12 +190,24 @@ def draw_turn(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
         absent = [shape for shape in SHAPES if all(shape != there.shape for there in scene)]
         return existence(absent[rng.integers(len(absent))]), "no"
     if kind == "color":
-        return f"what color is the {thing.shape} ?", thing.color
+        return color_turn(thing)
     if kind == "place":
-        return f"where is the {thing.shape} ?", thing.place
+        return place_turn(thing)
     if kind == "count":
-        return "how many objects are in the image ?", NUMBERS[len(scene)]
+        return count_turn(scene)
     return "describe the image .", caption(scene)
+
+
+def color_turn(thing: Thing) -> tuple[str, str]:
+    return f"what color is the {thing.shape} ?", thing.color
+
+
+def place_turn(thing: Thing) -> tuple[str, str]:
+    return f"where is the {thing.shape} ?", thing.place
+
+
+def count_turn(scene: Scene) -> tuple[str, str]:
+    return "how many objects are in the image ?", NUMBERS[len(scene)]
 
 
 def prompt_ids(question: str) -> list[int]:

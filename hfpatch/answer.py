@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hfpatch.errors import ConfigError, UnsupportedError
+from hfpatch.errors import ConfigError, DataMissingError
 
 
 @dataclass(frozen=True)
@@ -48,26 +47,32 @@ def encode(
     processor: Any,
     prompt: str,
     *,
-    image: Path | None = None,
+    pictures: Sequence[Any] = (),
     chat_template: str | bool = "auto",
     system: str | None = None,
 ) -> Mapping[str, Tensor]:
-    """The model's inputs, batch of one. Raises UnsupportedError for an image that the model cannot see."""
-    from hfpatch.evals.pictures import open_picture
+    """The model's inputs, batch of one; `pictures`, as PIL has them, come before the words.
+
+    Raises DataMissingError without a tokenizer, UnsupportedError for pictures where the processor takes none,
+    ConfigError for pictures that it cannot prepare.
+    """
+    from hfpatch.evals.pictures import check_takes_pictures
     from hfpatch.evals.prompts import encode_pictures, render, render_picture, template_mode
 
+    if processor is None:
+        raise DataMissingError("the model comes without tokenizer and processor. Put their files beside its weights.")
     mode = template_mode(chat_template)
     tokenizer = getattr(processor, "tokenizer", processor)
-    if image is None:
+    if not pictures:
         _, ids = render(tokenizer, prompt, system=system, mode=mode)
         return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-    if not hasattr(processor, "image_processor"):
-        raise UnsupportedError(
-            f"{type(processor).__name__} takes no images: this model reads text only. Leave out --image."
-        )
-    picture = open_picture(image)
-    text = render_picture(processor, prompt, system=system, mode=mode)
-    encoded: Mapping[str, Tensor] = encode_pictures(processor, [text], [picture])
+    check_takes_pictures(processor, "the prompt")
+    text = render_picture(processor, prompt, system=system, mode=mode, pictures=len(pictures))
+    try:
+        encoded: Mapping[str, Tensor] = encode_pictures(processor, [text], [list(pictures)])
+    except ValueError as error:
+        sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in pictures)
+        raise ConfigError(f"{type(processor).__name__} cannot prepare images of {sizes} pixels: {error}") from error
     return encoded
 
 
@@ -87,9 +92,14 @@ def check_length(model: Any, inputs: Mapping[str, Tensor], max_new_tokens: int) 
 
 @torch.no_grad()
 def answer(
-    model: Any, processor: Any, inputs: Mapping[str, Tensor], max_new_tokens: int, sample: bool = False
+    model: Any,
+    processor: Any,
+    inputs: Mapping[str, Tensor],
+    max_new_tokens: int,
+    sample: bool = False,
+    look: Callable[[Any], None] | None = None,
 ) -> Answer:
-    """Generate once with the model as it is now, greedily unless `sample`."""
+    """Generate once with the model as it is now, greedily unless `sample`; `look` sees the KV cache in the end."""
     from hfpatch.evals.memory import MB, Peak, weight_bytes
 
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -97,10 +107,18 @@ def answer(
     choice = {"do_sample": True} if sample else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     clock, length = _Clock(), inputs["input_ids"].shape[1]
     with Peak(model.device) as peak:
-        ids = model.generate(
-            **inputs, **choice, max_new_tokens=max_new_tokens, streamer=clock, pad_token_id=tokenizer.pad_token_id
+        out = model.generate(
+            **inputs,
+            **choice,
+            max_new_tokens=max_new_tokens,
+            streamer=clock,
+            pad_token_id=tokenizer.pad_token_id,
+            return_dict_in_generate=True,
         )
-    tokens = ids[0, length:].tolist()
+    if look is not None:
+        # renamed in transformers 5.24
+        look(out.get("cache") or out.past_key_values)
+    tokens = out.sequences[0, length:].tolist()
     begun, first, *later = clock.times
     return Answer(
         text=tokenizer.decode(tokens, skip_special_tokens=True),

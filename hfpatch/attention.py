@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hfpatch.call import AttentionCall, Layout, Phase, SequenceState, find_layouts, split_padding
 from hfpatch.costs import ImageCosts, LayerCost
+from hfpatch.encoding import Encoder
 from hfpatch.errors import HFPatchWarning, KernelUnavailableError, UnsupportedError
 from hfpatch.eviction import forget, is_cut
 from hfpatch.images import Look, Merge
@@ -33,7 +34,11 @@ from hfpatch.tower import Tap
 
 NAME = "hfpatch"
 
+See = Callable[[int, Tensor], None]
+"""Is given a layer's number and its attention output before the output projection, [B, n, Hq, D]."""
+
 _LAYERS: weakref.WeakKeyDictionary[nn.Module, Layer] = weakref.WeakKeyDictionary()
+_PATCHES: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
 
 
 class ImplementationName(str):
@@ -92,10 +97,15 @@ class Bound:
 
 @dataclass(eq=False)
 class Layer:
-    """What applies to one attention module."""
+    """What applies to one attention module.
+
+    Attributes:
+        tower_layers: layers of the vision tower of which this is one; 0: of the language model.
+    """
 
     engine: Engine
     layer_idx: int
+    tower_layers: int = 0
     planner: Bound | None = None
     adjusters: list[Bound] = field(default_factory=list)
     pruners: list[Bound] = field(default_factory=list)
@@ -122,6 +132,8 @@ class Forward:
         prunable: the cache lets layers hold different lengths.
         cache: the KV cache; None where the model makes one itself, or has none.
         later: what is to be done to such a cache once it is there.
+        added: where image tokens stand in the prompt, bool [B, prompt_len], and what the model adds to them after each
+            of its first layers, [image tokens, hidden]; None where it does so itself.
     """
 
     past: int
@@ -134,6 +146,7 @@ class Forward:
     prunable: bool = True
     cache: Any = None
     later: list[Callable[[Any], None]] = field(default_factory=list)
+    added: tuple[Tensor, Sequence[Tensor]] | None = None
 
     def image_mask(self, layer_idx: int, kv_len: int) -> Tensor | None:
         """bool [B, kv_len] in one layer's own slots."""
@@ -156,12 +169,21 @@ class Engine:
         store: what `request` methods left for the sequences that start next.
         looks: what they want to see of the prompt that is about to run.
         tap: on the vision tower, where a method needs it.
+        encoder: remembers the pixels behind image features, where a method needs them.
         asking: the module whose forward that is.
+        prunes: decoder layers lose tokens.
+        placed: the caller gave positions to the forward that is about to run.
         ahead: pruners that go by the queries and keys of the next layer, by layer.
         ahead_now: those of them that are being asked: attention only lets them see its call.
         image_costs: of the prompts with images since the last reset.
+        grid: rows and columns of patches of the images that are in the vision tower now.
+        prefix: class and register tokens before them.
+        tower_alone: nothing is put on the language model, so that the tower's forwards are counted.
         layer_cost: to count with; None: the engine belongs to no model.
         bypass: run everything dense for now.
+        witness: sees the attention of every layer meanwhile.
+        streams: second runs of the forward that is running, from `beside.py`.
+        see: looks at what every layer's attention gives meanwhile.
         watch: calls `plan_for` in place of the layers, to take its time.
     """
 
@@ -175,19 +197,32 @@ class Engine:
     store: dict[Any, Any] = field(default_factory=dict)
     looks: list[tuple[Bound, Look]] = field(default_factory=list)
     tap: Tap | None = None
+    encoder: Encoder | None = None
     asking: nn.Module | None = None
+    prunes: bool = False
+    placed: bool = False
     ahead: dict[int, list[Bound]] = field(default_factory=dict)
     ahead_now: Sequence[Bound] = ()
     image_costs: ImageCosts = field(default_factory=ImageCosts)
+    grid: tuple[int, int] | None = None
+    prefix: int = 0
+    tower_alone: bool = False
     layer_cost: LayerCost | None = None
     bypass: bool = False
+    see: See | None = None
+    witness: Callable[[AttentionCall], None] | None = None
+    streams: list[Any] = field(default_factory=list)
     watch: Callable[..., Plan] | None = None
+
+    def inside(self) -> bool:
+        """Whether a forward before which methods were asked is running."""
+        return self.bypass or self.asking is not None
 
     def stop_asking(self) -> None:
         """The forward before which methods were asked is over."""
         if self.tap is not None:
             self.tap.seen.clear()
-        self.looks, self.asking = [], None
+        self.looks, self.streams, self.asking = [], [], None
 
     def fall_back(self, what: str, reason: str, strict: bool) -> None:
         """Count a fallback to dense or to a slower kernel, and say so once; an error under strict."""
@@ -218,6 +253,20 @@ def attach(module: nn.Module, layer: Layer) -> None:
 
 def detach(module: nn.Module) -> None:
     _LAYERS.pop(module, None)
+    _PATCHES.pop(module, None)
+
+
+def attach_patches(module: nn.Module, engine: Engine) -> Any:
+    """Hook the convolution that makes the vision tower's patches; returns the hook handle."""
+    _PATCHES[module] = engine
+    return module.register_forward_hook(_see_grid)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _see_grid(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    if (engine := _PATCHES.get(module)) is not None:
+        engine.grid = output.shape[-2], output.shape[-1]
+        engine.forwards += engine.tower_alone
 
 
 def show_ahead(engine: Engine, decoder_layer: nn.Module, bounds: Sequence[Bound], kwargs: dict[str, Any]) -> None:
@@ -300,9 +349,15 @@ def attention_forward(
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
     kwargs.update(scaling=scaling, dropout=dropout)
     if layer is None or layer.engine.bypass or not (layer.busy or layer.engine.ahead_now):
-        return run_dense(module, query, key, value, attention_mask, layer, kwargs)
+        if layer is not None and layer.engine.bypass and layer.engine.witness is not None:
+            layer.engine.witness(_plain_call(layer, query, key, value, attention_mask, kwargs))
+        dense = run_dense(module, query, key, value, attention_mask, layer, kwargs)
+        if layer is not None and layer.engine.bypass and layer.engine.see is not None:
+            layer.engine.see(layer.layer_idx, dense[0])
+        return dense
+    run = _patched_tower if layer.tower_layers else _patched
     try:
-        return _patched(module, layer, query, key, value, attention_mask, kwargs)
+        return run(module, layer, query, key, value, attention_mask, kwargs)
     except Exception as error:
         names = ", ".join(b.method.name for b in layer.bound())
         error.add_note(
@@ -310,6 +365,17 @@ def attention_forward(
             "handle.disable() switches the patch off."
         )
         raise
+
+
+def _plain_call(
+    layer: Layer, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> AttentionCall:
+    """A call outside of the forwards that the engine follows."""
+    scaling = kwargs["scaling"] if kwargs["scaling"] is not None else query.shape[-1] ** -0.5
+    phase = _phase(None, query.shape[2], key.shape[2])
+    place = (layer.layer_idx, layer.engine.num_layers, phase)
+    window, sinks = kwargs.get("sliding_window"), kwargs.get("s_aux")
+    return AttentionCall(query, key, value, mask, scaling, *place, kwargs.get("softcap"), window, sinks)
 
 
 def _patched(
@@ -395,6 +461,35 @@ def _patched(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _patched_tower(
+    module: nn.Module,
+    layer: Layer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Attention in a layer of the vision tower that has a plan. It runs before the language model's forward."""
+    engine, bound = layer.engine, layer.planner
+    assert bound is not None, "a tower's layer takes plans only"
+    reason, action = _not_ours(module, mask, kwargs, causal=False), "dense"
+    patches = 0 if engine.grid is None else engine.grid[0] * engine.grid[1]
+    if reason is None and key.shape[2] != engine.prefix + patches:
+        reason = f"its {key.shape[2]} tokens are not {engine.prefix} class or register tokens and {patches} patches"
+    if reason is None:
+        scaling = kwargs["scaling"] if kwargs["scaling"] is not None else query.shape[-1] ** -0.5
+        where, depth = layer.layer_idx, layer.tower_layers
+        call = AttentionCall(query, key, value, mask, scaling, where, depth, "tower", grid=engine.grid)
+        if (result := _run_plan(bound, call, engine)) is not None:
+            return result[0].transpose(1, 2).contiguous(), None
+        action = "Dense"
+    else:
+        engine.fall_back(f"{bound.method.name} leaves the vision tower dense", reason, bound.strict)
+    bound.count("tower", action, _own(module), {}, 1.0)
+    return run_dense(module, query, key, value, mask, layer, kwargs)
+
+
 def _plans(module: nn.Module, method: Method) -> Callable[[], bool]:
     """Tells at any later time whether `method` plans in this module."""
 
@@ -415,7 +510,8 @@ def _run_plan(
     """
     if bound.heads is not None:
         return _run_some_heads(bound, bound.heads, call, engine)
-    if call.mask is None:
+    # cutting the padding off would break a tower's grid
+    if call.mask is None or call.phase == "tower":
         plan = _plan(bound, call, engine)
         if plan.keeps_all(call):
             return None
@@ -479,7 +575,12 @@ def _choose(bound: Bound, call: AttentionCall, plan: Plan, engine: Engine) -> Ch
     return choice
 
 
-def _not_ours(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) -> str | None:
+def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    causal = kwargs.get("is_causal")
+    return bool(causal if causal is not None else getattr(module, "is_causal", True))
+
+
+def _not_ours(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any], causal: bool = True) -> str | None:
     """Why this call cannot be an AttentionCall, or None."""
     if mask is not None and mask.dtype != torch.bool:
         return "a custom additive attention mask was passed, only boolean masks can be narrowed"
@@ -489,9 +590,8 @@ def _not_ours(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) ->
         return "the model is in training mode with attention dropout; call model.eval()"
     if kwargs.get("position_bias") is not None:
         return "the model adds a position bias to its scores"
-    causal = kwargs.get("is_causal")
-    if not (causal if causal is not None else getattr(module, "is_causal", True)):
-        return "this attention is not causal"
+    if _is_causal(module, kwargs) is not causal:
+        return f"this attention is {'not causal' if causal else 'causal'}"
     return None
 
 
@@ -523,6 +623,8 @@ def run_dense(
 ) -> tuple[Tensor, Tensor | None]:
     """The model's own dense implementation, given the mask in the form that it expects."""
     base = _base(module)
+    if not _is_causal(module, kwargs) and (mask is None or mask.ndim == 4):
+        return _run_bidirectional(module, query, key, value, mask, kwargs)
     if base not in _MASK_FORMS:
         # flash-attention and hub kernels look their own name up in the config; ours would mislead them
         scaling = kwargs["scaling"] if kwargs["scaling"] is not None else query.shape[-1] ** -0.5
@@ -539,6 +641,17 @@ def run_dense(
             # our mask is kept beside its translation, so that its id stays its own
             forward.masks[memo] = (mask, _MASK_FORMS[base](mask, query, key))
         mask = forward.masks[memo][1]
+    return function(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
+
+
+def _run_bidirectional(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """`run_dense` where nothing is causal: None means that everything is seen. Flash-attention becomes sdpa."""
+    base = _base(module) if _base(module) in _MASK_FORMS else "sdpa"
+    if mask is not None and base == "eager":
+        mask = _additive(mask, query, key)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(base, _eager(module))  # type: ignore[arg-type]
     return function(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
 
 

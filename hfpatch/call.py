@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Phase = Literal["prefill", "extend", "decode"]
+Phase = Literal["prefill", "extend", "decode", "tower"]
 
 
 @dataclass(slots=True)
@@ -20,12 +20,14 @@ class Shortened:
         kept: slots of the prompt that did, int64 [B, m], ascending.
         length: of the whole prompt.
         compact: positions are those in the shortened prompt.
+        mixed: what stands at the kept image slots is made of several image tokens.
         embeds: the whole prompt [B, length, width], until its forward is over.
     """
 
     kept: Tensor
     length: int
     compact: bool
+    mixed: bool = False
     embeds: Tensor | None = None
 
 
@@ -67,12 +69,16 @@ class AttentionCall:
         softcap: `softcap * tanh(score / softcap)` after scaling (Gemma 2), or None.
         sliding_window: the model's own window in this layer, or None.
         sinks: learned sink logits [Hq] (GPT-OSS), part of the softmax denominator, or None.
-        phase: "prefill" (nothing cached before), "extend" (several queries on a filled cache), "decode" (one query).
+        phase: "prefill" (nothing cached before), "extend" (several queries on a filled cache), "decode" (one query),
+            "tower" (a vision tower's layer, where every token may see every other).
         seq: state of the sequences behind this call, or None.
         image_mask: bool [B, kv_len], True at image tokens, or None.
         need_lse: a method's `adjust` will read the log-sum-exp, so the kernel must return it.
         heads: query heads of the layer that the method is on, None = all. `plan` gets their tensors alone; `adjust`
             gets those of all heads, and what it returns is taken for these.
+        grid: in a tower, rows and columns of patches; they are the last tokens, row by row, class and register tokens
+            stand before them.
+        rows: which rows of the model's batch these are, where padding cut it into several calls; None = all.
         plans: the sparse plans that ran, as (heads, layout, plan); filled by the junction, read by `hfpatch.kept`.
     """
 
@@ -91,6 +97,8 @@ class AttentionCall:
     image_mask: Tensor | None = None
     need_lse: bool = False
     heads: tuple[int, ...] | None = None
+    grid: tuple[int, int] | None = None
+    rows: tuple[int, ...] | None = None
     plans: list[tuple[Any, Any, Any]] = field(default_factory=list, compare=False)
 
     @property
@@ -111,8 +119,10 @@ class AttentionCall:
         return self.query.shape[1] // self.key.shape[1]
 
     def causal(self) -> Tensor:
-        """bool [q_len, kv_len]: key slot not after the query's slot."""
+        """bool [q_len, kv_len]: key slot not after the query's slot; in a tower True everywhere."""
         device = self.query.device
+        if self.phase == "tower":
+            return torch.ones(self.q_len, self.kv_len, dtype=torch.bool, device=device)
         q = torch.arange(self.q_offset, self.kv_len, device=device)[:, None]
         return torch.arange(self.kv_len, device=device)[None, :] <= q
 
@@ -205,6 +215,7 @@ def split_padding(call: AttentionCall, layouts: list[Layout]) -> list[Part]:
             key=call.key[index][:, :, layout.tokens],
             value=call.value[index][:, :, layout.tokens],
             mask=layout.mask,
+            rows=tuple(layout.rows),
             image_mask=None if call.image_mask is None else call.image_mask[index][:, layout.tokens],
         )
         parts.append(Part(layout, part))

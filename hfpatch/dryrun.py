@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,19 +11,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hfpatch import attention
-from hfpatch.anatomy import Anatomy
+from hfpatch.anatomy import Anatomy, TowerAnatomy, examine_tower
 from hfpatch.attention import Bound
 from hfpatch.call import AttentionCall, Phase
-from hfpatch.costs import ImageCost
+from hfpatch.costs import ImageCost, LayerCost
 from hfpatch.kernels import choose
+from hfpatch.methods.base import Method
+from hfpatch.plan import Plan
 from hfpatch.selectors import format_layers
 from hfpatch.summary import Explanation, LayerPlan
 
 
 def explain_bound(
-    anatomy: Anatomy, bound: Mapping[int, list[Bound]], order: list[str], seq_len: int, batch: int
+    anatomy: Anatomy,
+    bound: Mapping[int, list[Bound]],
+    tower: Mapping[int, list[Bound]],
+    order: list[str],
+    seq_len: int,
+    batch: int,
 ) -> Explanation:
-    """What each layer will do. `bound` is what `patch` would put on it."""
+    """What each layer will do. `bound` is what `patch` would put on it, `tower` what on those of the vision tower."""
     parameter = next(anatomy.model.parameters())
     # a meta model stands for one that will be loaded onto the best device here
     meta = parameter.device.type == "meta"
@@ -55,15 +62,22 @@ def explain_bound(
         )
     if meta:
         notes.append(f"predicted from the config alone, for {device.type} and {parameter.dtype}")
-    facts = {
-        "type": type(anatomy.model).__name__,
-        "layers": anatomy.num_layers,
-        "heads": f"{anatomy.num_heads} q / {anatomy.num_key_value_heads} kv",
-        "head_dim": anatomy.head_dim,
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "device": str(device),
-    }
-    mean: dict[str, float | None] = {phase: sum(d) / len(d) for phase, d in kept.items()}
+    facts: dict[str, Any] = {"type": type(anatomy.model).__name__}
+    if anatomy.decoder_layers:
+        facts |= {
+            "layers": anatomy.num_layers,
+            "heads": f"{anatomy.num_heads} q / {anatomy.num_key_value_heads} kv",
+            "head_dim": anatomy.head_dim,
+        }
+    facts |= {"dtype": str(parameter.dtype).removeprefix("torch."), "device": str(device)}
+    if tower:
+        sight = examine_tower(anatomy.model)
+        patches = " x ".join(map(str, sight.grid))
+        facts["tower"] = f"{len(sight.attention)} layers in use, {patches} patches + {sight.prefix}"
+        made = _predict_tower(sight, tower, device, parameter.dtype)
+        rows = made + rows
+        kept["tower"] = [row.density if row.density is not None else 1.0 for row in made]
+    mean: dict[str, float | None] = {phase: sum(d) / len(d) if d else None for phase, d in kept.items()}
     images, note = _image_cost(anatomy, bound, seq_len)
     if images is not None and mean["prefill"] is not None:
         mean["prefill"] *= images.pairs
@@ -73,21 +87,56 @@ def explain_bound(
 def _image_cost(anatomy: Anatomy, bound: Mapping[int, list[Bound]], seq_len: int) -> tuple[ImageCost | None, list[str]]:
     """What dropping image tokens saves of a prompt with one image, and notes."""
     methods = list({id(b.method): b.method for bounds in bound.values() for b in bounds}.values())
-    dropping = [method for method in methods if "image tokens" in method.card.needs]
-    if not dropping:
+    if not any(method.drops_images() for method in methods):
         return None, []
     images = getattr(anatomy.model.config, "image_seq_length", None)
     if images is None or images >= seq_len:
         why = "depends on the image" if images is None else f"is {images}, no less than the prompt's"
         return None, [f"no forecast of FLOPs and KV bytes: the number of image tokens {why}"]
+    return forecast(anatomy.layer_cost, methods, seq_len, images, anatomy.num_layers), []
+
+
+def forecast(cost: LayerCost, methods: Sequence[Method], tokens: int, images: int, num_layers: int) -> ImageCost:
+    """What these methods make of a prompt of `tokens`, `images` of them of one image, in a model of `num_layers`."""
     stages: dict[int, int] = {}
     left = images
+    dropping = [method for method in methods if method.drops_images()]
     # what leaves out tokens before the first layer comes first
-    for method in sorted(dropping, key=lambda m: min(m.stages(anatomy.num_layers, images), default=0)):
-        found = method.stages(anatomy.num_layers, left)
+    for method in sorted(dropping, key=lambda m: min(m.stages(num_layers, images), default=0)):
+        found = method.stages(num_layers, left)
         stages |= {layer: min(count, stages.get(layer, count)) for layer, count in found.items()}
         left = min([left, *(count for layer, count in found.items() if layer < 0)])
-    return ImageCost.forecast(anatomy.layer_cost, seq_len, images, anatomy.num_layers, stages), []
+    return ImageCost.forecast(cost, tokens, images, num_layers, stages)
+
+
+def _predict_tower(
+    tower: TowerAnatomy, bound: Mapping[int, list[Bound]], device: torch.device, dtype: torch.dtype
+) -> list[LayerPlan]:
+    """A row for each layer whose output is used, for one image of the size that the tower was made for."""
+    sizes, grid = tower.sizes, tower.grid
+    zero = torch.zeros((), dtype=dtype, device=device)
+    query = zero.expand(1, sizes.num_heads, tower.prefix + grid[0] * grid[1], sizes.head_dim)
+    rows = []
+    for layer in tower.attention:
+        if layer not in bound:
+            rows.append(LayerPlan(layer, "tower", "dense", "model's own", {}, 1.0))
+        for item in bound.get(layer, []):
+            call = AttentionCall(
+                query, query, query, layer_idx=layer, num_layers=sizes.num_layers, phase="tower", grid=grid
+            )
+            rows.append(_planned(item, call, attention.plan_for(item, call)))
+    return rows
+
+
+def _planned(bound: Bound, call: AttentionCall, plan: Plan) -> LayerPlan:
+    name, heads = bound.method.name, call.query.shape[1]
+    if plan.keeps_all(call):
+        return LayerPlan(call.layer_idx, call.phase, f"{name}: Dense", "model's own", {}, 1.0)
+    choice = choose(call, plan, bound.kernel)
+    share = 1.0 if bound.heads is None else len(bound.heads) / heads
+    density = 1.0 - share * (1.0 - float(plan.density(call)))
+    action = f"{name}: {type(plan).__name__}"
+    return LayerPlan(call.layer_idx, call.phase, action, choice.name, choice.refused, density)
 
 
 def _predict(
@@ -106,8 +155,8 @@ def _predict(
     if phase not in bound.phases:
         return LayerPlan(layer, phase, f"dense ({method.name} acts in another phase)", "model's own", {}, 1.0)
     if "plan" not in method.verbs():
-        action = "adjust"
-        if "image tokens" in method.card.needs:
+        action = "adjust" if "adjust" in method.verbs() else "acts on the whole prompt"
+        if method.drops_images():
             action = "prune after this layer" if "prune" in method.verbs() else "choose image tokens before this layer"
             action = "dense on the kept tokens" if phase == "decode" else action
         return LayerPlan(layer, phase, f"{method.name}: {action}", "model's own", {}, 1.0)
@@ -121,12 +170,7 @@ def _predict(
         plan = attention.plan_for(bound, call)
     if reading.seen:
         content.add(method.name)
-    if plan.keeps_all(call):
-        return LayerPlan(layer, phase, f"{method.name}: Dense", "model's own", {}, 1.0)
-    choice = choose(call, plan, bound.kernel)
-    share = 1.0 if bound.heads is None else len(bound.heads) / anatomy.num_heads
-    density = 1.0 - share * (1.0 - float(plan.density(call)))
-    return LayerPlan(layer, phase, f"{method.name}: {type(plan).__name__}", choice.name, choice.refused, density)
+    return _planned(bound, call, plan)
 
 
 class _Reading(TorchDispatchMode):

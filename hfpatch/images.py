@@ -5,8 +5,9 @@ B sequences, n tokens each, V image tokens in each; H and D are the vision tower
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +24,24 @@ class Tower:
         keys: [images, H, P, head_dim].
         states: [images, 1 + P, D], the layer's output, class token first.
         project: [..., D] -> [..., width of the language model].
+        first: queries and keys of the tower's first layer, each [images, H, 1 + P, head_dim].
     """
 
     attention: Tensor
     keys: Tensor
     states: Tensor
     project: Callable[[Tensor], Tensor]
+    first: tuple[Tensor, Tensor] | None = None
+
+
+def class_attention(query: Tensor, key: Tensor) -> Tensor:
+    """Attention of the class token on the patches, fp32 [images, H, P], of a layer's [images, H, 1 + P, head_dim].
+
+    Its share on itself is left out, so that rows sum to less than 1.
+    """
+    scores = query[:, :, :1].float() @ key.float().mT * query.shape[-1] ** -0.5
+    attention: Tensor = scores.softmax(-1)[:, :, 0, 1:]
+    return attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,3 +105,48 @@ def text_mask(image_mask: Tensor, mask: Tensor | None) -> Tensor:
     places = torch.arange(image_mask.shape[-1], device=image_mask.device)
     last = (real * places).argmax(-1, keepdim=True)
     return torch.where(text.any(-1, keepdim=True), text, places == last)
+
+
+def without_images(kwargs: Mapping[str, Any], image_mask: Tensor, marks: tuple[int, ...] = ()) -> dict[str, Any]:
+    """A forward's arguments for the same prompts without images: text only, moved to the right, positions from 0.
+
+    Args:
+        kwargs: arguments with `input_ids` [B, n].
+        image_mask: bool [B, n], True at image tokens.
+        marks: ids of tokens that go with them.
+
+    Raises UnsupportedError for a prompt that is nothing but images.
+    """
+    ids = kwargs["input_ids"]
+    text = _real(kwargs.get("attention_mask"), ids) & ~image_mask
+    for mark in marks:
+        text &= ids != mark
+    counts = text.sum(-1)
+    if int(counts.min()) == 0:
+        raise UnsupportedError(
+            "a prompt is nothing but images, so there is no text-only prompt to compare it with. Add words to it."
+        )
+    order = text.int().argsort(dim=-1, stable=True)[:, -int(counts.max()) :]
+    mask = text.gather(1, order)
+    found: dict[str, Any] = {"attention_mask": mask.long()}
+    for name, value in kwargs.items():
+        per_token = isinstance(value, Tensor) and value.shape == ids.shape
+        if per_token and name not in ("attention_mask", "position_ids", "labels"):
+            found[name] = value.gather(1, order)
+    # padding holds image tokens otherwise, which a model counts
+    found["input_ids"] = found["input_ids"].where(mask, found["input_ids"][:, -1:])
+    # told, so that models with positions in three dimensions do not work out and remember those of this prompt
+    found["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return found | {name: kwargs[name] for name in ("use_cache", "logits_to_keep") if name in kwargs}
+
+
+def _real(mask: Any, ids: Tensor) -> Tensor:
+    """bool [B, n]: no padding. `mask`: as a forward takes it, prepared for a static cache too."""
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, Tensor):
+        return torch.ones_like(ids, dtype=torch.bool)
+    if mask.ndim == 4:
+        mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
+    real: Tensor = mask[:, : ids.shape[1]].bool()
+    return real

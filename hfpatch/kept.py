@@ -16,15 +16,16 @@ from hfpatch.call import AttentionCall
 from hfpatch.plan import Blocks, Dense, Permuted, Plan, Window, visible
 
 
-def kept_pairs(call: AttentionCall, keys: Tensor, heads: Tensor | None = None) -> Tensor:
+def kept_pairs(call: AttentionCall, keys: Tensor, heads: Tensor | None = None, last: bool = False) -> Tensor:
     """Whether queries saw these keys: bool [B, H, q_len, M].
 
     Args:
         call: as `adjust` gets it.
         keys: key slots, int64 [B, H, M], of each head its own.
         heads: int64 [H], query heads that `keys` is for; None = all.
+        last: only of the last real query of every row, see `last_rows`: bool [B, H, 1, M].
     """
-    permitted = _permitted(call, keys)
+    permitted = _permitted(call, keys, last)
     if not call.plans:
         return permitted
     every = torch.arange(call.query.shape[1], device=keys.device)
@@ -50,8 +51,8 @@ def kept_pairs(call: AttentionCall, keys: Tensor, heads: Tensor | None = None) -
                 for x, places in ((call.query, queries), (call.key, tokens))
             )
             inner = replace(call, query=query, key=key, mask=layout.mask)
-        kept = _kept(plan, inner, slots, lists, len(mine))
-        index = rows[:, None, None], asked[:, None], queries
+        kept = _kept(plan, inner, slots, lists, len(mine), last)
+        index = rows[:, None, None], asked[:, None], queries[:1] * 0 if last else queries
         permitted[index] = permitted[index] & kept
     return permitted
 
@@ -60,42 +61,73 @@ def _slots(index: slice | Tensor, size: int, device: torch.device) -> Tensor:
     return torch.arange(size, device=device)[index] if isinstance(index, slice) else index.to(device)
 
 
-def _permitted(call: AttentionCall, keys: Tensor) -> Tensor:
-    """What the model itself allows: bool [B, H, q_len, M]."""
-    rows = torch.arange(call.q_offset, call.kv_len, device=keys.device)[:, None]
+def last_rows(call: AttentionCall) -> Tensor:
+    """The place of the last real query of every row among the call's queries: int64 [B]."""
     if call.mask is None:
-        return keys[:, :, None] <= rows
-    if call.mask.ndim == 2:
-        real = call.mask[:, None].expand(-1, keys.shape[1], -1).gather(-1, keys)
-        return (keys[:, :, None] <= rows) & real[:, :, None] & call.mask[:, None, -call.q_len :, None]
-    wide = call.mask.expand(keys.shape[0], keys.shape[1], -1, -1)
-    return wide.gather(-1, keys[:, :, None].expand(-1, -1, call.q_len, -1))
+        return torch.full((call.query.shape[0],), call.q_len - 1, device=call.query.device)
+    real = call.mask[:, -call.q_len :] if call.mask.ndim == 2 else call.mask[:, 0].any(-1)
+    places = torch.arange(call.q_len, device=real.device)
+    return (real * places).argmax(-1).expand(call.query.shape[0])
 
 
-def _kept(plan: Plan, call: AttentionCall, keys: Tensor, heads: Tensor, num_heads: int) -> Tensor:
-    """What the plan itself says: bool [B, H, q_len, M], for keys [B, H, M] of some of the plan's `heads`, int64 [H]."""
+def _last_of(call: AttentionCall, mask: Tensor) -> Tensor:
+    """The rows of the last real queries: [B, H, q_len, n] -> [B, H, 1, n]."""
+    return mask.gather(2, last_rows(call)[:, None, None, None].expand(*mask.shape[:2], 1, mask.shape[3]))
+
+
+def _permitted(call: AttentionCall, keys: Tensor, last: bool) -> Tensor:
+    """What the model itself allows: bool [B, H, q_len, M]."""
+    if call.mask is not None and call.mask.ndim == 4:
+        mask = call.mask.expand(keys.shape[0], keys.shape[1], -1, -1)
+        if last:
+            mask = _last_of(call, mask)
+        return mask.gather(-1, keys[:, :, None].expand(-1, -1, mask.shape[2], -1))
+    places = torch.arange(call.q_len, device=keys.device)[None, :, None]
+    if last:
+        places = last_rows(call)[:, None, None]
+    permitted = keys[:, :, None] <= places[:, None] + call.q_offset
+    if call.mask is None:
+        return permitted
+    real = call.mask[:, None].expand(-1, keys.shape[1], -1).gather(-1, keys)
+    queries = call.mask[:, -call.q_len :, None]
+    if last:
+        queries = queries.gather(1, places)
+    return permitted & real[:, :, None] & queries[:, None]
+
+
+def _kept(plan: Plan, call: AttentionCall, keys: Tensor, heads: Tensor, num_heads: int, last: bool) -> Tensor:
+    """What the plan itself says: bool [B, H, q_len, M], for keys [B, H, M] of some of the plan's `heads`, int64 [H].
+
+    `last`: of the last query alone.
+    """
     if isinstance(plan, Dense):
         return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=keys.device)
     if call.mask is None and call.q_len > 1:
         rows = torch.arange(call.q_offset, call.kv_len, device=keys.device)
+        if last:
+            rows = rows[-1:]
         if isinstance(plan, Window):
             return (rows[:, None] - keys[:, :, None] < plan.window) | (keys[:, :, None] < plan.sink)
         if isinstance(plan, Blocks):
-            listed = _in_blocks(plan, keys, heads * plan.blk_cnt.shape[1] // num_heads)
-            return listed[:, :, : call.q_len]
+            blocks = slice(-1, None) if last else slice(None)
+            listed = _in_blocks(plan, keys, heads * plan.blk_cnt.shape[1] // num_heads, blocks)
+            return listed[:, :, : len(rows)]
         if isinstance(plan, Permuted):
             return _in_window(plan, rows, keys, heads * plan.order.shape[0] // num_heads)
     # plans repeat their lists by the number of query heads of the call that they were made for
     mask = visible(replace(call, query=call.query[:, :num_heads]), plan)
     mask = mask.expand(keys.shape[0], num_heads, call.q_len, call.kv_len)[:, heads]
-    return mask.gather(-1, keys[:, :, None].expand(-1, -1, call.q_len, -1))
+    if last:
+        mask = _last_of(call, mask)
+    return mask.gather(-1, keys[:, :, None].expand(-1, -1, mask.shape[2], -1))
 
 
-def _in_blocks(plan: Blocks, keys: Tensor, lists: Tensor) -> Tensor:
-    """bool [B, H, queries, M], the last block of queries filled up."""
-    listed = _in_lists(plan.blk_idx[:, lists], plan.blk_cnt[:, lists], keys // plan.block_k)
+def _in_blocks(plan: Blocks, keys: Tensor, lists: Tensor, blocks: slice) -> Tensor:
+    """bool [B, H, queries, M] of some blocks of queries, the last one filled up."""
+    listed = _in_lists(plan.blk_idx[:, lists, blocks], plan.blk_cnt[:, lists, blocks], keys // plan.block_k)
     if plan.col_idx is not None:
-        listed = listed | _in_lists(plan.col_idx[:, lists], plan.column_counts()[:, lists], keys)
+        columns = plan.col_idx[:, lists, blocks], plan.column_counts()[:, lists, blocks]
+        listed = listed | _in_lists(*columns, keys)
     return listed.repeat_interleave(plan.block_q, 2)
 
 

@@ -34,6 +34,7 @@ from hfpatch.errors import (
     UnsupportedError,
 )
 from hfpatch.registry import Registry, fold
+from hfpatch.shapes import PREFIX, shape_config
 from hfpatch.storage import cache_dir
 
 if TYPE_CHECKING:
@@ -180,8 +181,8 @@ def load(
     """Load a model, and patch it if asked.
 
     Args:
-        model_id: hub id, folder in Hugging Face format, `.gguf` file, or `packaged:NAME` (see PACKAGED). A GGUF file
-            is de-quantised once into the cache, to fp32.
+        model_id: hub id, folder in Hugging Face format, `.gguf` file, `packaged:NAME` (see PACKAGED), or `random:NAME`
+            (see `hfpatch.shapes`). A GGUF file is de-quantised once into the cache, to fp32.
         patch: anything that `hfpatch.patch` takes; `options` go to it.
         dtype: a torch dtype, its name ("bf16" and "bfloat16" alike), or "auto": on CUDA bf16 (fp16 for a checkpoint
             stored in fp16); on a CPU with bf16 instructions bf16, unless stored in fp16; elsewhere fp32.
@@ -206,6 +207,9 @@ def load(
         raise ConfigError(f"options without a patch: {', '.join(options)}. Name the patch that they belong to.")
     # all that can be refused is refused before anything is downloaded
     attention, named, place = _attention(attn), _named_dtype(dtype), _device(device)
+    if (text := os.fspath(model_id)).startswith(PREFIX):
+        model, processor = _drawn(text, named, place, attention), _byte_tokenizer()
+        return Loaded(model, processor, _put_on(model, patch, options), text)
     if device_map is None and place.type != "cpu":
         # weights go straight to the device, not through the CPU's memory
         device_map = place
@@ -238,12 +242,16 @@ def load(
         )
     with _explained(where):
         processor = _processor(where, config, hub)
-    handle = None
-    if patch:
-        from hfpatch.patch import patch as put_on
-
-        handle = put_on(model, patch, **options)
+    handle = _put_on(model, patch, options)
     return Loaded(model.eval(), processor, handle, f"{model_id}@{commit}" if commit else str(model_id))
+
+
+def _put_on(model: Any, patch: Any, options: Mapping[str, Any]) -> PatchHandle | None:
+    if not patch:
+        return None
+    from hfpatch.patch import patch as put_on
+
+    return put_on(model, patch, **options)
 
 
 def load_config(
@@ -255,6 +263,8 @@ def load_config(
 ) -> Any:
     """The model's config, without its weights; of a packaged checkpoint also before it is fetched. Raises as `load`."""
     text = os.fspath(model_id)
+    if text.startswith(PREFIX):
+        return hf.AutoConfig.for_model(**shape_config(text))
     if text.startswith("packaged:"):
         name, packaged = _packaged(text.removeprefix("packaged:"))
         folder = packaged_dir(name)
@@ -285,6 +295,30 @@ def empty_model(model_id_or_config: Any, *, attn: str | None = None, **options: 
         config = load_config(config, **options)
     with torch.device("meta"), _explained(str(getattr(config, "name_or_path", "") or config.model_type), attn):
         return _auto_class(config).from_config(config, attn_implementation=_attention(attn)).eval()
+
+
+def _drawn(model_id: str, dtype: torch.dtype | None, device: torch.device, attention: str | None) -> Any:
+    """A model of random weights, the same ones every time on the same device."""
+    config = load_config(model_id)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        torch.manual_seed(0)
+        made = _auto_class(config).from_config(
+            config, dtype=dtype or _auto_dtype(device, config), attn_implementation=attention
+        )
+    return made.eval()
+
+
+def _byte_tokenizer() -> Any:
+    """A token for each byte, for models whose tokens mean nothing."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    names = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    made = Tokenizer(models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer: Any = hf.PreTrainedTokenizerFast
+    return tokenizer(tokenizer_object=made, padding_side="left", **special)
 
 
 # Packaged checkpoints -----------------------------------------------------------------------------------------------
@@ -688,9 +722,12 @@ _PROCESSOR_FILES = (
 
 
 def _processor(where: str, config: Any, hub: Mapping[str, Any]) -> Any:
-    if os.path.isdir(where) and not any((Path(where) / name).is_file() for name in _PROCESSOR_FILES):
+    there = [name for name in _PROCESSOR_FILES if (Path(where) / name).is_file()]
+    if os.path.isdir(where) and not there:
         return None
     vision = _auto_class(config) is hf.AutoModelForImageTextToText
+    # without the files for images there are still the words
+    vision = vision and (not os.path.isdir(where) or any("processor_config" in name for name in there))
     try:
         processor = (hf.AutoProcessor if vision else hf.AutoTokenizer).from_pretrained(where, **hub)
     except (OSError, ImportError, ValueError):

@@ -2,7 +2,8 @@
 
 A model is changed in four places only, all undone by `remove()`: the attention implementation named in its text
 config, an entry for each attention module in a weak map, and forward hooks on the text model, on the decoder layers
-(when tokens are pruned) and on the outer model (when images or prompts matter).
+(when tokens are pruned) and on the outer model (when images or prompts matter). A patch of the vision tower does the
+same to the tower alone: its config, its attention modules, a hook on its patch embedding.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from hfpatch import attention, pruning, request
-from hfpatch.anatomy import Anatomy, examine
+from hfpatch.anatomy import Anatomy, TowerAnatomy, examine, examine_tower
 from hfpatch.attention import Bound, Engine, ImplementationName, Layer
 from hfpatch.costs import ImageCosts
 from hfpatch.dryrun import explain_bound
+from hfpatch.encoding import Encoder
 from hfpatch.errors import ConfigError, ConflictError, HFPatchError, UnsupportedError
+from hfpatch.image_map import kept_by_layer
 from hfpatch.kernels import check_name
 from hfpatch.methods.base import Method
 from hfpatch.recipe import PatchSpec, Recipe, load_recipe
@@ -70,6 +73,7 @@ class _Patched:
     engine: Engine
     handles: list[PatchHandle] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
+    tower: TowerAnatomy | None = None
 
     def __deepcopy__(self, memo: Any) -> None:
         return None
@@ -77,6 +81,9 @@ class _Patched:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
 
+
+# what a method's card says that goes to the layers of the vision tower
+_TOWER = "vision tower"
 
 # A registry beside the model would keep the model alive through its handles; a cycle on the model can be collected.
 _ATTRIBUTE = "_hfpatch"
@@ -101,7 +108,7 @@ class PatchHandle:
         self.strict = strict
         self._enabled = True
         self._removed = False
-        self._bound = _bind(anatomy, self.parts, kernel, strict)
+        self._bound, self._tower = _bind_all(anatomy, self.parts, kernel, strict)
         self._forwards_before = 0
 
     @property
@@ -120,7 +127,7 @@ class PatchHandle:
         self._removed = True
         if (patched := _patched(self.model)) is not None:
             patched.handles.remove(self)
-            _sync(examine(self.model), patched)
+            _sync(_examine(self.model), patched)
 
     def disable(self) -> None:
         """Run the model unpatched until `enable()`."""
@@ -177,18 +184,18 @@ class PatchHandle:
         method = type(old.method).from_options({**old.method.options(), **params})
         parts = (*self.parts[:index], replace(old, method=method), *self.parts[index + 1 :])
         # built before anything changes, so that a bad option leaves the patch as it was
-        bound = _bind(examine(self.model), parts, self.kernel, self.strict)
-        self.parts, self._bound = parts, bound
+        bound, tower = _bind_all(_examine(self.model), parts, self.kernel, self.strict)
+        self.parts, self._bound, self._tower = parts, bound, tower
         self._apply()
 
     def _apply(self) -> None:
         patched = _patched(self.model)
         assert patched is not None, "a live handle is on its model"
-        _sync(examine(self.model), patched)
+        _sync(_examine(self.model), patched)
 
     def reset(self) -> None:
         """Forget statistics, fallbacks and what methods remember about sequences."""
-        for bounds in self._bound.values():
+        for bounds in (*self._bound.values(), *self._tower.values()):
             for bound in bounds:
                 bound.stats.clear()
         if (patched := _patched(self.model)) is not None and not self._removed:
@@ -200,14 +207,13 @@ class PatchHandle:
 
     def explain(self, seq_len: int = 4096, batch: int = 1) -> Explanation:
         """What happens in which layer, with which kernel, and how much is kept at `seq_len` tokens."""
-        return explain_bound(
-            examine(self.model), self._bound, [str(part.method) for part in self.parts], seq_len, batch
-        )
+        order = [str(part.method) for part in self.parts]
+        return explain_bound(_examine(self.model), self._bound, self._tower, order, seq_len, batch)
 
     def report(self) -> PatchReport:
         """What happened since the handle was made or reset. Reads densities from the device."""
         rows = []
-        for layer, bounds in sorted(self._bound.items()):
+        for layer, bounds in (*sorted(self._tower.items()), *sorted(self._bound.items())):
             for bound in bounds:
                 for phase, stats in bound.stats.items():
                     density = float(stats.density) / stats.calls if stats.calls else None
@@ -224,7 +230,23 @@ class PatchHandle:
             dict(engine.fallbacks),
             sorted(engine.warned),
             engine.image_costs.mean(),
+            len(examine_tower(self.model).attention) if self._tower else 0,
         )
+
+    def kept_images(self, cache: Any, input_ids: Tensor) -> Tensor | None:
+        """Image tokens that each layer computed with: bool [layers, B, V].
+
+        None without images, where rows have different numbers of them, and where mixtures of several went in.
+
+        Args:
+            cache: of a prompt that ran while the patch was on, as `generate(..., return_dict_in_generate=True)` has it.
+            input_ids: that prompt, int64 [B, n].
+        """
+        engine, image = self._engine(), examine(self.model).image_token_id
+        state = engine.states.get(cache)
+        if state is None or image is None:
+            return None
+        return kept_by_layer(state, input_ids == image, engine.num_layers)
 
     def to_recipe(self) -> Recipe:
         """A recipe that patches the same way."""
@@ -254,7 +276,9 @@ class PatchHandle:
     def __repr__(self) -> str:
         names = " + ".join(str(part.method) for part in self.parts)
         state = "removed" if self._removed else "active" if self._enabled else "disabled"
-        return f"<PatchHandle {names} layers={format_layers(self._bound)} kernel={self.kernel} {state}>"
+        where = [f"layers={format_layers(self._bound)}"] if self._bound else []
+        where += [f"tower={format_layers(self._tower)}"] if self._tower else []
+        return f"<PatchHandle {names} {' '.join(where)} kernel={self.kernel} {state}>"
 
     def __str__(self) -> str:
         return repr(self) if self._removed else str(self.explain())
@@ -275,10 +299,12 @@ def patch(
     """Patch `model` in place; `handle.remove()` undoes it exactly.
 
     Args:
-        model: a transformers model, a pipeline, or a PEFT model. Vision towers are left alone.
+        model: a transformers model, a pipeline, or a PEFT model. Its vision tower is left alone, except by methods that
+            are for towers; they also take a ViT without a language model.
         what: a patcher's name ("sa"), a spec ("sa:window=256"), a Method, a PatchSpec, a list of these, a Recipe, or
             the path of a recipe file (or "recipe:NAME").
-        layers: decoder layers of the language model, see `select_layers`; None = all that the method takes.
+        layers: decoder layers of the language model (of the tower, where the method is for towers), see
+            `select_layers`; None = all that the method takes.
         heads: query heads, `{layer: [head, ...]}` or pairs; None = all.
         phase: "prefill", "decode" or "both"; None = the paper's own.
         kernel: "auto", or the name of one that must run.
@@ -297,7 +323,7 @@ def patch(
     if seed is not None:
         parts = [_seeded(part, seed) for part in parts]
     check_name(kernel)
-    anatomy = examine(_unwrap(model))
+    anatomy = _examine(_unwrap(model), parts)
     handle = PatchHandle(anatomy, parts, kernel, strict)
     patched = _patched(anatomy.model)
     if patched is None:
@@ -358,9 +384,9 @@ def explain(
         model = empty_model(model)
     parts, runtime = _parts(what, layers, heads, phase, params)
     kernel = kernel if kernel != "auto" else runtime.get("kernel", "auto")
-    anatomy = examine(_unwrap(model))
-    bound = _bind(anatomy, parts, kernel, False)
-    return explain_bound(anatomy, bound, [str(part.method) for part in parts], seq_len, batch)
+    anatomy = _examine(_unwrap(model), parts)
+    bound, tower = _bind_all(anatomy, parts, kernel, False)
+    return explain_bound(anatomy, bound, tower, [str(part.method) for part in parts], seq_len, batch)
 
 
 def get_patcher(name: str) -> type[Method]:
@@ -373,7 +399,7 @@ def list_patchers(family: str | None = None, supports: Any = None) -> list[type[
 
     Args:
         family: "attention", "calibration", "heads" or "vision".
-        supports: a model or config; leaves out what needs image tokens where there are none.
+        supports: a model or config; leaves out what needs image tokens or a vision tower where there are none.
     """
     config = getattr(supports, "config", supports)
     found = []
@@ -381,6 +407,9 @@ def list_patchers(family: str | None = None, supports: Any = None) -> list[type[
         if family is not None and cls.card.family != family:
             continue
         if config is not None and "image tokens" in cls.card.needs and getattr(config, "image_token_id", None) is None:
+            continue
+        has_tower = hasattr(config, "patch_size") or getattr(config, "vision_config", None) is not None
+        if config is not None and _TOWER in cls.card.needs and not has_tower:
             continue
         found.append(cls)
     return found
@@ -468,9 +497,63 @@ def _as_mapping(spec: PatchSpec) -> dict[str, Any]:
     return {k: v for k, v in entries.items() if v not in (None, {})}
 
 
-def _bind(anatomy: Anatomy, parts: Sequence[Part], kernel: str, strict: bool) -> dict[int, list[Bound]]:
+def _examine(model: Any, parts: Sequence[Part] = ()) -> Anatomy:
+    """`examine`; a model that is a vision tower and has no decoder has no decoder layers.
+
+    Raises UnsupportedError if it has neither, with what `parts` miss.
+    """
+    try:
+        return examine(model)
+    except UnsupportedError as error:
+        try:
+            tower = examine_tower(model)
+        except UnsupportedError:
+            if parts and all(_TOWER in part.method.card.needs for part in parts):
+                raise
+            raise error from None
+        return Anatomy(model, tower.config, model, [], {}, {}, [], None)
+
+
+Bounds = dict[int, list[Bound]]
+
+
+def _bind_all(anatomy: Anatomy, parts: Sequence[Part], kernel: str, strict: bool) -> tuple[Bounds, Bounds]:
+    """What each decoder layer gets, and each layer of the vision tower. Raises for what this model cannot have."""
+    text = [part for part in parts if _TOWER not in part.method.card.needs]
+    tower = [part for part in parts if _TOWER in part.method.card.needs]
+    if text and not anatomy.decoder_layers:
+        raise UnsupportedError(
+            f"{text[0].method.name} is for language models, {type(anatomy.model).__name__} is a vision tower alone. "
+            "Patchers for this model: hfpatch.list_patchers(supports=model)."
+        )
+    return (
+        _bind(anatomy, text, kernel, strict) if text else {},
+        _bind_tower(examine_tower(anatomy.model), tower, kernel, strict) if tower else {},
+    )
+
+
+def _bind_tower(tower: TowerAnatomy, parts: Sequence[Part], kernel: str, strict: bool) -> Bounds:
+    result: Bounds = {}
+    depth = len(tower.attention)
+    for part in parts:
+        method = part.method
+        if part.phase == "decode":
+            raise ConfigError(f"{method.name}: the vision tower runs before decoding; phase=decode leaves nothing.")
+        method.fits(tower.sizes)
+        heads = select_heads(part.heads, depth, tower.sizes.num_heads)
+        for layer in select_layers(part.layers, depth):
+            if heads is None or layer in heads:
+                chosen = heads[layer] if heads is not None else None
+                bound = Bound(method, chosen, _PHASES["prefill"], kernel, strict, {})
+                result.setdefault(layer, []).append(bound)
+    if not result:
+        raise ConfigError("the chosen layers and heads of the vision tower leave nothing to patch.")
+    return result
+
+
+def _bind(anatomy: Anatomy, parts: Sequence[Part], kernel: str, strict: bool) -> Bounds:
     """What each layer gets. Raises for what this model cannot have."""
-    result: dict[int, list[Bound]] = {}
+    result: Bounds = {}
     for part in parts:
         method = part.method
         method.fits(anatomy.sizes)
@@ -485,7 +568,7 @@ def _bind(anatomy: Anatomy, parts: Sequence[Part], kernel: str, strict: bool) ->
                     f"{method.name} needs image tokens, and {type(anatomy.model).__name__} has none. "
                     "Patchers for this model: hfpatch.list_patchers(supports=model)."
                 )
-            if anatomy.windows:
+            if anatomy.windows and method.drops_images():
                 raise UnsupportedError(
                     f"{method.name} cannot prune in {type(anatomy.model).__name__}: its layers "
                     f"{format_layers(anatomy.windows)} slide a window over token distances that pruning would change."
@@ -495,10 +578,10 @@ def _bind(anatomy: Anatomy, parts: Sequence[Part], kernel: str, strict: bool) ->
                     f"{method.name} goes by the class token of a vision tower whose patches become the image tokens "
                     f"one by one, as in LLaVA-1.5. {type(anatomy.model).__name__} with this config is not made so."
                 )
-            if getattr(method, "positions", None) == "compact" and not hasattr(anatomy.text, "rotary_emb"):
+            if getattr(method, "positions", None) == "compact" and not anatomy.counts_positions:
                 raise UnsupportedError(
-                    f"{method.name}: {type(anatomy.text).__name__} has no rotary embedding of its own, so positions "
-                    "cannot be numbered anew. Use positions='original'."
+                    f"{method.name}: positions in {type(anatomy.model).__name__} are rows and columns of the image, or "
+                    "it has no rotary embedding of its own, so they cannot be numbered anew. Use positions='original'."
                 )
         if "prune" in verbs:
             at = method.prune_layers(anatomy.num_layers)
@@ -524,7 +607,8 @@ def _bind(anatomy: Anatomy, parts: Sequence[Part], kernel: str, strict: bool) ->
         for layer in chosen:
             if layer not in anatomy.attention or (heads is not None and layer not in heads):
                 continue
-            bound = Bound(method, heads[layer] if heads is not None else None, phases, kernel, strict, {})
+            mine = heads[layer] if heads is not None and len(heads[layer]) < anatomy.num_heads else None
+            bound = Bound(method, mine, phases, kernel, strict, {})
             result.setdefault(layer, []).append(bound)
     if not result:
         raise ConfigError("the chosen layers and heads leave nothing to patch.")
@@ -533,9 +617,14 @@ def _bind(anatomy: Anatomy, parts: Sequence[Part], kernel: str, strict: bool) ->
 
 def _check_conflicts(handles: Sequence[PatchHandle]) -> None:
     """At most one plan a layer, and no method twice on a layer."""
+    _check_layers([handle._bound for handle in handles])
+    _check_layers([handle._tower for handle in handles])
+
+
+def _check_layers(together: Sequence[Bounds]) -> None:
     seen: dict[tuple[int, str], list[Method]] = {}
-    for handle in handles:
-        for layer, bounds in handle._bound.items():
+    for each in together:
+        for layer, bounds in each.items():
             for bound in bounds:
                 seen.setdefault((layer, bound.method.name), []).append(bound.method)
                 for verb in {"plan", "prune"} & set(bound.method.verbs()):
@@ -569,14 +658,41 @@ def _sync(anatomy: Anatomy, patched: _Patched) -> None:
         pruning.detach(module)
     for module in (anatomy.text, *anatomy.outer):
         request.detach(module)
+    if patched.tower is not None:
+        for module in (*patched.tower.attention.values(), patched.tower.patches):
+            attention.detach(module)
+    for config in (*anatomy.configs(), *(patched.tower.configs if patched.tower is not None else ())):
+        if isinstance(name := config._attn_implementation, ImplementationName):
+            config._attn_implementation_internal = name.base
     handles = [handle for handle in patched.handles if handle.active]
-    if not handles:
-        for config in anatomy.configs():
-            if isinstance(name := config._attn_implementation, ImplementationName):
-                config._attn_implementation_internal = name.base
-        if not patched.handles:
-            vars(anatomy.model).pop(_ATTRIBUTE, None)
-        return
+    if not patched.handles:
+        vars(anatomy.model).pop(_ATTRIBUTE, None)
+    texts = [handle for handle in handles if handle._bound]
+    patched.engine.tower_alone = not texts
+    if towers := [handle for handle in handles if handle._tower]:
+        _sync_tower(anatomy.model, patched, towers)
+    if texts:
+        _sync_text(anatomy, patched, texts)
+
+
+def _dispatch(configs: Sequence[Any]) -> None:
+    """Have attention go through our function where these configs are asked."""
+    attention.register()
+    for config in configs:
+        config._attn_implementation_internal = ImplementationName(config._attn_implementation or "eager")
+
+
+def _sync_tower(model: nn.Module, patched: _Patched, handles: Sequence[PatchHandle]) -> None:
+    patched.tower = tower = examine_tower(model)
+    patched.engine.prefix = tower.prefix
+    planners = {layer: bound for handle in handles for layer, bounds in handle._tower.items() for bound in bounds}
+    for index, module in tower.attention.items():
+        attention.attach(module, Layer(patched.engine, index, len(tower.attention), planners.get(index)))
+    _dispatch(tower.configs)
+    patched.hooks.append(attention.attach_patches(tower.patches, patched.engine))
+
+
+def _sync_text(anatomy: Anatomy, patched: _Patched, handles: Sequence[PatchHandle]) -> None:
     layers = {i: Layer(patched.engine, i) for i in anatomy.attention}
     requesters: list[Bound] = []
     prunes, patched.engine.ahead = False, {}
@@ -599,16 +715,17 @@ def _sync(anatomy: Anatomy, patched: _Patched) -> None:
                     if "request" in verbs and not any(b.method is bound.method for b in requesters):
                         requesters.append(bound)
     needs = {n for h in handles for bounds in h._bound.values() for b in bounds for n in b.method.card.needs}
-    patched.engine.layer_cost = anatomy.layer_cost if "image tokens" in needs else None
+    drops = any(b.method.drops_images() for h in handles for bounds in h._bound.values() for b in bounds)
+    patched.engine.layer_cost = anatomy.layer_cost if drops else None
     patched.engine.tap = Tap.on(anatomy.model) if "class token" in needs else None
     patched.hooks += patched.engine.tap.hooks if patched.engine.tap is not None else []
-    attention.register()
-    for config in anatomy.configs():
-        if not isinstance(config._attn_implementation, ImplementationName):
-            config._attn_implementation_internal = ImplementationName(config._attn_implementation or "eager")
+    patched.engine.encoder = Encoder.on(anatomy.outer, patched.engine.inside) if "pixels" in needs else None
+    patched.hooks += [patched.engine.encoder] if patched.engine.encoder is not None else []
+    _dispatch(anatomy.configs())
     for index, module in anatomy.attention.items():
         attention.attach(module, layers[index])
     patched.hooks += request.attach_text(anatomy.text, patched.engine)
+    patched.engine.prunes = prunes
     if prunes:
         for index, module in enumerate(anatomy.decoder_layers):
             following = next(iter(anatomy.decoder_layers[index + 1 : index + 2]), None)

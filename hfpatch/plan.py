@@ -263,3 +263,65 @@ class Permuted:
     def keeps_all(self, call: AttentionCall) -> bool:
         n = call.kv_len
         return min(self.before, self.after) >= n - 1 or self.local >= n or self.sink >= n
+
+
+@dataclass(frozen=True)
+class Neighbourhood:
+    """Each patch of a vision tower sees the `kernel` patches nearest to it along each axis, in steps of a dilation.
+
+    Patches i and j of one axis see each other only if `i % dilation == j % dilation`. An even kernel has one patch more
+    before the query than behind it. Class and register tokens see everything and are seen by everything.
+
+    Attributes:
+        grid: rows and columns of patches, as in `AttentionCall.grid`.
+        kernel: patches along a column and along a row, each at most `grid // dilation`.
+        dilation: steps along a column and along a row.
+        inward: at the border the window is moved inward, so that it always has `kernel` patches; else it is cut there.
+    """
+
+    grid: tuple[int, int]
+    kernel: tuple[int, int]
+    dilation: tuple[int, int] = (1, 1)
+    inward: bool = True
+
+    def axes(self) -> tuple[Tensor, Tensor]:
+        """bool [rows, rows] and [columns, columns], on the CPU: which places along an axis see each other."""
+        rows, columns = (
+            _axis(n, kernel, step, self.inward)
+            for n, kernel, step in zip(self.grid, self.kernel, self.dilation, strict=True)
+        )
+        return rows, columns
+
+    def mask(self, call: AttentionCall) -> Tensor:
+        return _neighbours(self, call.kv_len, call.query.device)
+
+    def density(self, call: AttentionCall) -> float:
+        """Of all pairs: nothing is causal here."""
+        rows, columns = self.axes()
+        n = self.grid[0] * self.grid[1]
+        return 1.0 - (n * n - int(rows.sum()) * int(columns.sum())) / call.kv_len**2
+
+    def keeps_all(self, call: AttentionCall) -> bool:
+        return all(bool(axis.all()) for axis in self.axes())
+
+
+@lru_cache(maxsize=64)
+def _axis(n: int, kernel: int, step: int, inward: bool) -> Tensor:
+    place = torch.arange(n)
+    # within the class of places that are a multiple of `step` apart, which has `size` members
+    own, size = place // step, (n - place % step + step - 1) // step
+    start = own - kernel // 2
+    if inward:
+        start = torch.minimum(start, size - kernel).clamp(min=0)
+    same = place[:, None] % step == place % step
+    return same & (own >= start[:, None]) & (own < start[:, None] + kernel)
+
+
+@lru_cache(maxsize=16)
+def _neighbours(plan: Neighbourhood, tokens: int, device: torch.device) -> Tensor:
+    """bool [1, 1, tokens, tokens]."""
+    rows, columns = (axis.to(device) for axis in plan.axes())
+    first = tokens - plan.grid[0] * plan.grid[1]
+    keep = torch.ones(tokens, tokens, dtype=torch.bool, device=device)
+    keep[first:, first:] = (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1)
+    return keep[None, None]

@@ -32,6 +32,9 @@ class _Place:
     following: weakref.ref[nn.Module] | None
 
 
+# arguments of text models that add states of the vision tower to image tokens after their first layers (Qwen3-VL)
+DEEPSTACK = ("visual_pos_masks", "deepstack_visual_embeds")
+
 _DECODER_LAYERS: weakref.WeakKeyDictionary[nn.Module, _Place] = weakref.WeakKeyDictionary()
 
 
@@ -96,8 +99,10 @@ def after_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     forward = place.engine.forward if place is not None else None
     if place is None or forward is None:
         return None
-    hidden = output[0] if isinstance(output, tuple) else output
+    given = hidden = output[0] if isinstance(output, tuple) else output
     last = place.layer_idx == place.engine.num_layers - 1
+    if forward.added is not None:
+        hidden = _with_added(forward, forward.added, place.layer_idx, hidden)
     if forward.past == 0 and (bounds := place.engine.ahead.get(place.layer_idx)):
         _ask_ahead(place, bounds, hidden, kwargs)
     if forward.kept is not None and not last:
@@ -106,10 +111,32 @@ def after_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     elif last and forward.whole is not None and forward.current is not None:
         hidden = _scatter(forward.whole.to(hidden.device), forward.current.to(hidden.device), hidden)
         forward.whole = forward.current = None
-    else:
+    elif hidden is given:
         return None
     forward.kept = None
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def take_over(forward: Forward, named: dict[str, Any]) -> dict[str, Any]:
+    """Do in the hooks what the text model would do between its layers by the prompt's places: DeepStack's additions.
+
+    `named`: the text model's arguments; returns them without the additions.
+    """
+    places, states = (named.get(name) for name in DEEPSTACK)
+    if states is None or places is None:
+        return named
+    forward.added = places, states
+    return {**named, **dict.fromkeys(DEEPSTACK)}
+
+
+def _with_added(forward: Forward, added: tuple[Tensor, Sequence[Tensor]], layer_idx: int, hidden: Tensor) -> Tensor:
+    places, states = added
+    if layer_idx >= len(states):
+        return hidden
+    places = places.to(hidden.device)
+    more = hidden.new_zeros(*places.shape, hidden.shape[-1])
+    more[places] = states[layer_idx].to(hidden)
+    return hidden + (more if forward.current is None else take(more, forward.current))
 
 
 def _drop(forward: Forward, bound: Bound, decision: Any, hidden: Tensor) -> Tensor:

@@ -8,20 +8,29 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hfpatch import shortening
-from hfpatch.attention import Bound, Engine, Forward
-from hfpatch.call import SequenceState
+from hfpatch import beside, pruning, shortening
+from hfpatch.attention import Bound, Engine, Forward, See
+from hfpatch.call import AttentionCall, SequenceState
 from hfpatch.costs import ImageCost
+from hfpatch.errors import UnsupportedError
 from hfpatch.methods.base import Request
 
 _OUTER: weakref.WeakKeyDictionary[nn.Module, tuple[Engine, int | None, list[Bound]]] = weakref.WeakKeyDictionary()
 _TEXT: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
+
+
+# config entries of tokens that only say where an image begins, ends or breaks its lines
+_IMAGE_MARKS = (
+    *("vision_start_token_id", "vision_end_token_id", "boi_token_id", "eoi_token_id"),
+    *("image_start_token_id", "image_end_token_id", "image_break_token_id"),
+)
 
 
 def attach_text(module: nn.Module, engine: Engine) -> list[Any]:
@@ -80,35 +89,95 @@ def before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     engine.image_mask = None
     if isinstance(input_ids, Tensor) and image_token_id is not None:
         engine.image_mask = input_ids == image_token_id
+    if engine.asking is None:
+        engine.placed = named.get("position_ids") is not None
     # the outermost module asks, for all that run inside it
-    if not requesters or engine.asking is not None or _past(_cache(named)) > 0:
+    if not requesters or engine.asking is not None:
+        return None
+    # as if the images were encoded inside
+    whole = engine.encoder.undone(named) if engine.encoder is not None else named
+    if _past(cache := _cache(named)) > 0:
+        engine.asking = module if beside.go_on(engine, whole, cache) else None
         return None
     engine.asking, engine.store = module, {}
+    streams = []
     changed = False
     for bound in requesters:
-        request = Request(named, partial(_call_dense, module, engine), engine.store)
+        call, marks = partial(_call_dense, module, engine), _image_marks(module)
+        write, fall_back = partial(_write, module, engine), partial(_fall_back, engine, bound)
+        request = Request(whole, call, write, fall_back, engine.store, engine.image_mask, marks)
         if (replaced := bound.method.request(request)) is not None:
-            named, changed = replaced, True
+            named = whole = replaced
+            changed = True
+            bound.count("prefill", f"{bound.method.name}: changed the prompt", "", {}, 1.0)
         engine.looks += [(bound, look) for look in request.looks]
+        streams += [(bound, stream) for stream in request.streams]
     # who prunes inside the model looks at what the others have left
     engine.looks.sort(key=lambda entry: "prune" in entry[0].method.verbs())
+    beside.begin(engine, streams, whole, cache)
     return ((), named) if changed else None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def after_model(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Take off what was put on for one prompt."""
+    """Mix in the logits of second runs; take off what was put on for one prompt."""
     entry = _OUTER.get(module)
-    if entry is not None and entry[0].asking is module:
-        entry[0].stop_asking()
+    # a dense call inside this forward ends nothing
+    if entry is None or entry[0].bypass or entry[0].asking is not module:
+        return
+    engine = entry[0]
+    try:
+        if output is not None and engine.streams:
+            beside.mix(engine, partial(_call_dense, module, engine), output)
+    finally:
+        engine.stop_asking()
 
 
-def _call_dense(module: nn.Module, engine: Engine, **kwargs: Any) -> Any:
-    engine.bypass = True
+def _fall_back(engine: Engine, bound: Bound, reason: str) -> None:
+    engine.fall_back(f"{bound.method.name} leaves the prompt as it is", reason, bound.strict)
+
+
+@torch.no_grad()
+def _write(
+    module: nn.Module, engine: Engine, steps: int, watch: Callable[[AttentionCall], None], /, **kwargs: Any
+) -> Tensor:
+    """Continue prompts greedily on a cache of their own, see `Request.write`. Padding must stand on the left."""
+    kind: Any = type(module)
+    ends: Any = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
+    ends = torch.tensor([] if ends is None else ends, device=kwargs["input_ids"].device).flatten()
+    if "logits_to_keep" in _parameters(kind):
+        kwargs["logits_to_keep"] = 1
+    written: list[Tensor] = []
+    engine.witness = watch
+    try:
+        output = _call_dense(module, engine, **kwargs, use_cache=True)
+        mask, name = kwargs["attention_mask"], next(name for name in beside.CACHE_NAMES if name in output)
+        while True:
+            if not hasattr(output, "logits"):
+                raise UnsupportedError(f"{kind.__name__} has no language head; run the whole model")
+            token = output.logits[:, -1].argmax(-1)
+            over = torch.isin(written[-1], ends) | (written[-1] < 0) if written else torch.zeros_like(token).bool()
+            written.append(token.masked_fill(over, -1))
+            if len(written) == steps or bool((over | torch.isin(token, ends)).all()):
+                return torch.stack(written, 1)
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            follow = {"input_ids": token[:, None], "attention_mask": mask, name: output[name]}
+            output = _call_dense(module, engine, **follow, use_cache=True)
+    finally:
+        engine.witness = None
+
+
+def _call_dense(module: nn.Module, engine: Engine, see: See | None = None, /, **kwargs: Any) -> Any:
+    engine.bypass, engine.see = True, see
     try:
         return module(**kwargs)
     finally:
-        engine.bypass = False
+        engine.bypass, engine.see = False, None
+
+
+def _image_marks(module: nn.Module) -> tuple[int, ...]:
+    named = (getattr(module.config, name, None) for name in _IMAGE_MARKS)
+    return tuple(token for token in named if isinstance(token, int))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -141,7 +210,10 @@ def before_text(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     engine.image_mask = None
     state.forwards += 1
     engine.forwards += 1
-    engine.forward = Forward(past, state, prunable=not getattr(cache, "is_compileable", False), cache=cache)
+    prunable = not getattr(cache, "is_compileable", False)
+    engine.forward = Forward(past, state, prunable=prunable, cache=cache)
+    if engine.prunes and past == 0:
+        named = pruning.take_over(engine.forward, named)
     return ((), named) if named is not given else None
 
 
@@ -153,6 +225,9 @@ def _remember_images(state: SequenceState, new: Tensor, past: int) -> None:
         known = state.image_mask[:, :past]
         known = torch.nn.functional.pad(known, (0, past - known.shape[1]), value=False)
         state.image_mask = torch.cat([known, new], 1)
+    elif new.shape[1] > 1 and bool(new.any()):
+        # the first image comes in a later turn
+        state.image_mask = torch.nn.functional.pad(new, (past, 0), value=False)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -18,7 +18,7 @@ from hfpatch.attention import Engine
 from hfpatch.call import SequenceState, Shortened
 from hfpatch.errors import UnsupportedError
 from hfpatch.images import Chosen, Embedded
-from hfpatch.pruning import take
+from hfpatch.pruning import DEEPSTACK, take
 
 
 def shorten(engine: Engine, state: SequenceState, named: dict[str, Any], static: bool) -> dict[str, Any]:
@@ -45,10 +45,10 @@ def shorten(engine: Engine, state: SequenceState, named: dict[str, Any], static:
             images = int(image_mask[0].sum())
             if chosen is None or (chosen.embeds is None and chosen.places.shape[1] == images):
                 continue
-            if reason := _why_not(named, static):
+            if reason := _why_not(named, static, chosen):
                 raise UnsupportedError(reason)
         except UnsupportedError as error:
-            engine.fall_back(f"{bound.method.name} keeps all image tokens", str(error), bound.strict)
+            engine.fall_back(f"{bound.method.name} leaves the images alone", str(error), bound.strict)
             continue
         before = embeds.shape[1]
         named = _cut(engine, state, named, seen, chosen)
@@ -64,12 +64,14 @@ _NO_TOWER = (
 )
 
 
-def _why_not(named: dict[str, Any], static: bool = False) -> str | None:
+def _why_not(named: dict[str, Any], static: bool = False, chosen: Chosen | None = None) -> str | None:
     mask, positions = named.get("attention_mask"), named.get("position_ids")
     if static or (mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)):
         return "a static cache or a mask of several dimensions cannot be cut; use the dynamic cache and a padding mask"
-    if isinstance(positions, Tensor) and positions.ndim > 2:
-        return "positions in several dimensions cannot be followed over a shortened prompt"
+    if chosen is not None and chosen.compact and isinstance(positions, Tensor) and positions.ndim > 2:
+        return "positions are rows and columns of the image, and cannot be numbered anew; use positions='original'"
+    if chosen is not None and chosen.embeds is not None and named.get(DEEPSTACK[1]) is not None:
+        return "the model adds to image tokens after its first layers, and mixtures of them have no such addition"
     return None
 
 
@@ -91,7 +93,9 @@ def _cut(engine: Engine, state: SequenceState, named: dict[str, Any], seen: Embe
     if not chosen.compact:
         if positions is None:
             positions = torch.arange(length, device=slots.device)[None]
-        named["position_ids"] = positions.expand(batch, -1).gather(1, slots)
+        # [B or 1, n], or one such table for time, height and width each
+        shape = (*positions.shape[:-2], batch, length)
+        named["position_ids"] = positions.expand(shape).gather(-1, slots.expand(*shape[:-1], -1))
         if mask is None:
             # without a mask, gaps in the positions look like packed sequences
             named["attention_mask"] = torch.ones_like(slots)
@@ -99,12 +103,20 @@ def _cut(engine: Engine, state: SequenceState, named: dict[str, Any], seen: Embe
         # every token moves up by what was left out before it
         gone = slots - torch.arange(kept, device=slots.device)
         named["position_ids"] = positions.expand(batch, -1).gather(1, slots) - gone
+    if named.get(DEEPSTACK[1]) is not None:
+        places, states = (named[name] for name in DEEPSTACK)
+        # number of an image token among all of the batch
+        numbers = (places.flatten().cumsum(0) - 1).view_as(places)
+        places = places.gather(1, slots)
+        left = numbers.gather(1, slots)[places]
+        named |= dict(zip(DEEPSTACK, (places, [x[left.to(x.device)] for x in states]), strict=True))
     engine.image_mask = image_mask.gather(1, slots)
+    compact, mixed = chosen.compact, chosen.embeds is not None
     if (known := state.shortened) is None:
-        state.shortened = Shortened(slots, length, chosen.compact, seen.embeds)
+        state.shortened = Shortened(slots, length, compact, mixed, seen.embeds)
     else:
-        compact = known.compact or chosen.compact
-        state.shortened = Shortened(known.kept.gather(1, slots), known.length, compact, known.embeds)
+        compact, mixed = compact or known.compact, mixed or known.mixed
+        state.shortened = Shortened(known.kept.gather(1, slots), known.length, compact, mixed, known.embeds)
     return named
 
 
@@ -135,9 +147,9 @@ def follow(engine: Engine, state: SequenceState, named: dict[str, Any], past: in
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise UnsupportedError(f"{_why_not(named)}; the prompt on this cache was shortened.")
     if (repeated := _repeated(short, named[key], mask, positions, past + gone)) > 0:
-        for name in {key, "position_ids"} & named.keys():
-            if named[name] is not None:
-                named[name] = named[name][:, repeated:]
+        named[key] = named[key][:, repeated:]
+        if positions is not None:
+            named["position_ids"] = positions[..., repeated:]
         if engine.image_mask is not None:
             engine.image_mask = engine.image_mask[:, repeated:]
         positions = named.get("position_ids")
@@ -147,6 +159,9 @@ def follow(engine: Engine, state: SequenceState, named: dict[str, Any], past: in
         named["attention_mask"] = mask.gather(1, torch.cat([kept, later], 1))
     if short.compact and positions is not None:
         named["position_ids"] = positions - gone
+    elif positions is not None and positions.ndim > 2 and mask is None and not engine.placed:
+        # the model counted from the cache's length
+        named["position_ids"] = positions + gone
     elif not short.compact and positions is None:
         tokens = named[key]
         named["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device)[None] + past + gone

@@ -27,7 +27,7 @@ _LEAST_LEFT = 8
 # stand for what a role writes, in a chat template; no template knows them
 _MARKS = ("first6f1c", "second6f1c", "third6f1c")
 
-_TOKENIZER: ContextVar[Any] = ContextVar("hfpatch_tokenizer", default=None)
+_PROCESSOR: ContextVar[Any] = ContextVar("hfpatch_processor", default=None)
 _MARKED: ContextVar[tuple[Spans, ...] | None] = ContextVar("hfpatch_marked", default=None)
 
 
@@ -152,11 +152,11 @@ def reading(tokenizer: Any) -> Iterator[None]:
 
     `tokenizer` may be a processor. `hfpatch apply` and `hfpatch eval` do this by themselves.
     """
-    token = _TOKENIZER.set(getattr(tokenizer, "tokenizer", tokenizer))
+    token = _PROCESSOR.set(tokenizer)
     try:
         yield
     finally:
-        _TOKENIZER.reset(token)
+        _PROCESSOR.reset(token)
 
 
 @contextmanager
@@ -171,7 +171,14 @@ def marked(*rows: Spans) -> Iterator[None]:
 
 def current_tokenizer() -> Any:
     """The tokenizer of the innermost `reading`, or None."""
-    return _TOKENIZER.get()
+    processor = _PROCESSOR.get()
+    return getattr(processor, "tokenizer", processor)
+
+
+def current_pixels() -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation by which the processor of the innermost `reading` normalises pixels, or None."""
+    how: Any = getattr(_PROCESSOR.get(), "image_processor", None)
+    return (list(how.image_mean), list(how.image_std)) if getattr(how, "do_normalize", False) else None
 
 
 def current_marks(rows: int) -> list[Spans] | None:

@@ -10,6 +10,8 @@ from typing import Any
 from hfpatch.costs import ImageCost
 from hfpatch.selectors import format_layers
 
+PHASES = ("prefill", "extend", "decode", "tower")
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -33,7 +35,12 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """Realised behaviour of a handle. `images`: where image tokens are dropped, what that saved."""
+    """Realised behaviour of a handle.
+
+    Attributes:
+        images: where image tokens are dropped, what that saved.
+        tower_layers: of the vision tower, those whose output is used; 0: nothing was put on it.
+    """
 
     specs: list[str]
     forwards: int
@@ -42,9 +49,13 @@ class PatchReport:
     fallbacks: dict[str, int]
     warnings: list[str]
     images: ImageCost | None = None
+    tower_layers: int = 0
 
     def density(self, phase: str = "prefill") -> float | None:
-        """Mean kept share of causal pairs over all decoder layers, unpatched ones counting 1.0; None: it never ran."""
+        """Mean kept share of causal pairs over all decoder layers, unpatched ones counting 1.0; None: it never ran.
+
+        phase="tower": of all pairs, over the layers of the vision tower.
+        """
         seen: dict[int, float] = {}
         for row in self.layers:
             if row.phase == phase and row.density is not None:
@@ -53,12 +64,13 @@ class PatchReport:
                 seen[row.layer] = min(kept, seen.get(row.layer, 1.0))
         if not seen:
             return None
-        kept = (sum(seen.values()) + self.num_layers - len(seen)) / self.num_layers
+        total = self.tower_layers if phase == "tower" else self.num_layers
+        kept = (sum(seen.values()) + total - len(seen)) / total
         return kept * self.images.pairs if self.images is not None and phase == "prefill" else kept
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
-        return {**dataclasses.asdict(self), "density": {p: self.density(p) for p in ("prefill", "extend", "decode")}}
+        return {**dataclasses.asdict(self), "density": {p: self.density(p) for p in PHASES}}
 
     def __str__(self) -> str:
         rows = [(r.layer, (r.phase, r.action, r.kernel, r.calls, _percent(r.density))) for r in self.layers]

@@ -9,18 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfpatch.images import Tower
+from hfpatch.images import Tower, class_attention
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """The tower's layer whose output becomes the image tokens, its projections, and the projector behind it."""
+    """The layer whose output becomes the image tokens, its projections and the first layer's, and the projector."""
 
     heads: int
     layer: nn.Module
     query: nn.Module
     key: nn.Module
     project: nn.Module
+    first_query: nn.Module
+    first_key: nn.Module
 
 
 def find(model: nn.Module) -> Found | None:
@@ -39,10 +41,11 @@ def find(model: nn.Module) -> Found | None:
         return None
     # entry 0 of the hidden states is the embedding
     layer = layers[depth + which if which < 0 else which - 1]
-    parts = {name.rsplit(".")[-1]: m for name, m in layer.named_modules()}
+    parts, first = ({name.rsplit(".")[-1]: m for name, m in of.named_modules()} for of in (layer, layers[0]))
     if "q_proj" not in parts or "k_proj" not in parts:
         return None
-    return Found(vision.num_attention_heads, layer, parts["q_proj"], parts["k_proj"], project)
+    heads = vision.num_attention_heads
+    return Found(heads, layer, parts["q_proj"], parts["k_proj"], project, first["q_proj"], first["k_proj"])
 
 
 @dataclass(eq=False)
@@ -63,8 +66,9 @@ class Tap:
         if (found := find(model)) is None:
             return None
         tap = cls(found.heads, found.project)
-        for name, module in (("query", found.query), ("key", found.key), ("states", found.layer)):
-            tap.hooks.append(module.register_forward_hook(tap._keeper(name)))
+        for name in ("query", "key", "first_query", "first_key"):
+            tap.hooks.append(getattr(found, name).register_forward_hook(tap._keeper(name)))
+        tap.hooks.append(found.layer.register_forward_hook(tap._keeper("states")))
         return tap
 
     def _keeper(self, name: str) -> Callable[..., None]:
@@ -76,9 +80,9 @@ class Tap:
     @torch.no_grad()
     def tower(self, images: Tensor) -> Tower | None:
         """What went through last, if its patches became these image tokens [B, V, width]."""
-        if len(self.seen) < 3 or self.seen["states"].ndim != 3:
+        if len(self.seen) < len(self.hooks) or self.seen["states"].ndim != 3:
             return None
-        query, key, states = (self.seen[name] for name in ("query", "key", "states"))
+        states = self.seen["states"]
         patches, rows = states.shape[1] - 1, len(images)
         per_row = images.shape[1] // patches
         if per_row * patches != images.shape[1] or per_row == 0 or (rows * per_row) % len(states):
@@ -90,7 +94,9 @@ class Tap:
         same = self.project(states[:, 1:]).to(images).view_as(images)
         if not torch.allclose(same, images, atol=1e-2, rtol=1e-2):
             return None
-        query = query[order, :1].reshape(len(order), 1, self.heads, -1).transpose(1, 2).float()
-        key = key[order].reshape(len(order), 1 + patches, self.heads, -1).transpose(1, 2)
-        scores = query @ key.float().mT * query.shape[-1] ** -0.5
-        return Tower(scores.softmax(-1)[:, :, 0, 1:], key[:, :, 1:], states, self.project)
+        query, key, *first = (
+            self.seen[name][order].reshape(len(order), 1 + patches, self.heads, -1).transpose(1, 2)
+            for name in ("query", "key", "first_query", "first_key")
+        )
+        attention = class_attention(query, key)
+        return Tower(attention, key[:, :, 1:], states, self.project, (first[0], first[1]))

@@ -360,6 +360,19 @@ def test_the_filter_reads_tasks_and_goes_on_after_an_interruption(model, tokeniz
     assert len(calls) == 2
 
 
+def test_the_filter_takes_as_many_prompts_of_each_task(tokenizer):
+    from hfpatch.calibrations.act_heads import Heads
+
+    class Work:
+        files = ()
+
+    Work.tokenizer = tokenizer
+    found = Heads(task="classification:fold=1 + kv:keys=3,samples=9,chat_template=off", samples=6)._prompts(Work)
+    assert [bool(prompt.options) for prompt in found].count(True) == 3 and len(found) == 6
+    for prompt in found:
+        assert not prompt.options or (len(prompt.options) == 6 and prompt.gold in prompt.options)
+
+
 @pytest.mark.parametrize(
     ("options", "message", "error"),
     [

@@ -11,7 +11,7 @@ from kernel_cases import CASES
 
 import hfpatch
 from hfpatch.call import find_layouts, split_padding
-from hfpatch.kept import kept_pairs
+from hfpatch.kept import kept_pairs, last_rows
 from hfpatch.methods.base import Card, Method
 from hfpatch.plan import Dense, Permuted, Window, visible
 
@@ -20,6 +20,11 @@ def some_keys(call, heads, count=9):
     rng = torch.Generator().manual_seed(1)
     batch = call.query.shape[0]
     return torch.randint(call.kv_len, (batch, heads, count), generator=rng)
+
+
+def last_of(call, pairs):
+    """The last real query's row of bool [B, H, q_len, M]."""
+    return torch.stack([pairs[b, :, row : row + 1] for b, row in enumerate(last_rows(call).tolist())])
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
@@ -34,6 +39,7 @@ def test_pairs_are_those_of_the_mask(case):
     assert torch.equal(kept_pairs(call, keys), want)
     some = torch.tensor([heads - 1, 0])
     assert torch.equal(kept_pairs(call, keys[:, some], some), want[:, some])
+    assert torch.equal(kept_pairs(call, keys, last=True), last_of(call, want))
 
 
 def test_a_plan_for_some_heads_leaves_the_others_whole():
@@ -67,6 +73,7 @@ def test_padded_rows_have_their_own_plans(q_len):
     want = visible(call, plan).expand(3, 4, q_len, 40).gather(-1, keys[:, :, None].expand(-1, -1, q_len, -1))
     got = kept_pairs(call, keys)
     assert torch.equal(got, want)
+    assert torch.equal(kept_pairs(call, keys, last=True), last_of(call, want))
 
 
 def test_a_mask_that_the_model_brought():
@@ -80,6 +87,7 @@ def test_a_mask_that_the_model_brought():
         planned = replace(call, plans=[(None, None, plan)])
         want = visible(call, plan).expand(1, 2, 12, 12).gather(-1, keys[:, :, None].expand(-1, -1, 12, -1))
         assert torch.equal(kept_pairs(planned, keys), want)
+        assert torch.equal(kept_pairs(planned, keys, last=True), want[:, :, -1:])
 
 
 class _Look(Method):

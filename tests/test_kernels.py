@@ -157,15 +157,54 @@ def test_the_compiled_loop_says_why_it_does_not_run(monkeypatch, tmp_path):
     monkeypatch.setenv("HFPATCH_COMPILE", "0")
     assert cpu_blocks.inner_loop(call, Window(0, 4)) == "torch: HFPATCH_COMPILE=0"
     monkeypatch.setenv("HFPATCH_COMPILE", "1")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(cpu_compiled, "_capabilities", dict)
+    assert "neither AVX-512 nor AVX2" in cpu_blocks.inner_loop(call, Window(0, 4))
+    monkeypatch.setattr(cpu_compiled, "_capabilities", lambda: dict.fromkeys(("avx2", "fma3", "amx_tile"), True))
     monkeypatch.setenv("HFPATCH_CACHE", str(tmp_path))
     monkeypatch.setattr(cpu_compiled, "_compiler", lambda: None)
     assert "no C++ compiler" in cpu_blocks.inner_loop(call, Window(0, 4))
+    assert "AMX" in cpu_blocks.inner_loop(call.to(torch.bfloat16), Window(0, 4))
     monkeypatch.setattr(cpu_compiled, "_compiler", lambda: "false")
     assert "compiling failed" in cpu_blocks.inner_loop(call, Window(0, 4))
     assert not list(tmp_path.rglob("*.so"))
     assert_as_accurate_as_eager(cpu_blocks.run(call, Window(0, 4)), call, Window(0, 4))
+
+
+def test_the_best_instructions_are_compiled_for(monkeypatch):
+    has = dict.fromkeys((*cpu_compiled._TARGETS[0], "avx2"), True)
+    monkeypatch.setattr(cpu_compiled, "_capabilities", lambda: has)
+    assert cpu_compiled._target() == cpu_compiled._TARGETS[0]
+    # Ice Lake, then Zen 3, then what has no fused multiply-add
+    for missing, target in (("avx512_bf16", cpu_compiled._AVX512), ("avx512_vl", ("fma3", "avx2")), ("fma3", None)):
+        has[missing] = False
+        assert cpu_compiled._target() == target
+    monkeypatch.undo()
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert cpu_compiled._capabilities.__wrapped__() == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_nan_reaches_the_rows_that_see_it_and_no_other(dtype, inner_loop):
+    if inner_loop == "torch":
+        pytest.skip("torch's loop makes zeros of NaN, as the reference does")
+    call, plan = call_of((1, 4, 2, 150, 150, 64), dtype, need_lse=True), Window(2, 50)
+    clean, clean_lse = cpu_blocks.run(call, plan)
+    key, query = call.key.clone(), call.query.clone()
+    key[0, 1, 70], query[0, 1, 10] = float("nan"), float("nan")
+    out, lse = cpu_blocks.run(replace(call, key=key, query=query), plan)
+    broken = torch.zeros(1, 4, 150, dtype=torch.bool)
+    broken[0, 2:, 70:120] = broken[0, 1, 10] = True
+    assert torch.equal(out.isnan().all(-1), broken) and torch.equal(lse.isnan(), broken)
+    assert torch.equal(out[~broken], clean[~broken]) and torch.equal(lse[~broken], clean_lse[~broken])
+
+
+def test_bf16_is_rounded_to_nearest_and_ties_to_even(inner_loop):
+    call = call_of((1, 2, 1, 40, 40, 64), torch.bfloat16)
+    # all of two keys' scores are 0: each row is the mean of two neighbouring bf16 numbers
+    value = (1 + torch.arange(40) / 128)[:, None].expand(1, 1, 40, 64).bfloat16()
+    out = cpu_blocks.run(replace(call, query=0 * call.query, value=value), Window(0, 2))[0]
+    want = ((value[:, :, 1:].float() + value[:, :, :-1].float()) / 2).bfloat16()
+    assert torch.equal(out[:, :, 1:], want.expand(1, 2, 39, 64))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -450,7 +450,7 @@ def test_decoding_goes_on_after_a_crop_and_forgets_what_was_cut():
     state.forwards += 2
     one = call(70, q_len=1, phase="decode", seq=state)
     assert same_lists(method.plan(one), method.plan(replace(one, seq=None)))
-    assert list(state.store[method, 0]) == [(1, 70)]
+    assert list(state.store[method, 0]) == [(None, 70)]
 
 
 def test_rows_with_different_padding_keep_their_own_past():
@@ -464,6 +464,24 @@ def test_rows_with_different_padding_keep_their_own_past():
         for row, padding in enumerate([7, 0, 3]):
             alone = model.generate(input_ids=inputs["input_ids"][row : row + 1, padding:], **config)
             assert torch.equal(batch[row, padding:], alone[0])
+
+
+@pytest.mark.parametrize("chunker", ["keydiff", "delimiter"])
+def test_rows_with_as_much_padding_on_other_sides_keep_their_own_chunks(chunker):
+    model = tiny.tiny("llama")
+    options = {**SMALL, "chunker": chunker} | ({"delimiters": (9, 20, 31)} if chunker == "delimiter" else {})
+    ids = tiny.text_inputs(model, batch=2, length=80)["input_ids"]
+    real = [slice(6, 80), slice(0, 74)]
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(real):
+        mask[row, tokens] = 1
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    with hfpatch.patch(model, "dhsa", **options) as handle, torch.no_grad():
+        batch = model(input_ids=ids, attention_mask=mask, position_ids=places).logits
+        assert handle.report().density() < 0.9
+        for row, tokens in enumerate(real):
+            alone = model(input_ids=ids[row : row + 1, tokens]).logits[0]
+            torch.testing.assert_close(batch[row, tokens], alone, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("chunker", ["keydiff", "delimiter"])
@@ -508,8 +526,8 @@ def test_chunks_end_with_delimiters():
         out = model(**inputs)
         (state,) = model._hfpatch.engine.states.values()
         found = {key: spans(chunks) for key, (_, chunks) in state.store[method, "chunks"].items()}
-        assert [a for a, _ in found[1, 4, 60]] == [0, 26, 53]
-        starts = [a for a, _ in found[1, 4, 55]]
+        assert [a for a, _ in found[(1,), 4, 60]] == [0, 26, 53]
+        starts = [a for a, _ in found[(0,), 4, 55]]
         # of two delimiters three tokens apart one stays
         assert starts in ([0, 13, 26, 39, 48], [0, 13, 29, 39, 48])
         assert out.logits.isfinite().all()

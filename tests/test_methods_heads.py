@@ -112,12 +112,12 @@ def test_uniform_is_a_query_of_zero(q_len, padded, sinks):
 
 
 def test_uniform_is_the_mean_of_values():
-    call = some_call(23)
+    call = some_call(23).to(torch.float64)
     count = torch.arange(1, 24)[:, None]
     want = (call.value.cumsum(2) / count).repeat_interleave(2, 1)
-    torch.testing.assert_close(mean_of_values(call), want, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(mean_of_values(call), want, atol=1e-12, rtol=1e-12)
     last = mean_of_values(replace(call, query=call.query[:, :, -1:]))
-    torch.testing.assert_close(last, call.value.mean(2, keepdim=True).repeat_interleave(2, 1), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(last, call.value.mean(2, keepdim=True).repeat_interleave(2, 1), atol=1e-12, rtol=1e-12)
 
 
 def logits(model, inputs, cache=None):

@@ -294,10 +294,17 @@ def test_other_heads_and_the_first_cache_are_untouched():
 
 
 @pytest.mark.parametrize(
-    "plan", ["swa:window=6,sink=1", "sa:window=6,local=2", "head_gate:score=far_est,window=5,sink=1"]
+    "plan",
+    [
+        "swa:window=6,sink=1",
+        "sa:window=6,local=2",
+        "flexprefill:gamma=0.6,block_size=4,min_budget=4",
+        "head_gate:score=far_est,window=5,sink=1",
+        "duo:scores=random,window=9,sink=2",
+    ],
 )
 def test_all_together_under_a_sparse_plan_in_a_padded_batch(plan):
-    """One handle with a plan and four corrections; every row of a padded batch gives what it gives alone."""
+    """One handle with a plan and all six corrections; every row of a padded batch gives what it gives alone."""
     model = tiny.tiny("qwen2")
     inputs = tiny.text_inputs(model, batch=3, length=30, padding=[6, 0, 3])
     patches = [
@@ -305,6 +312,8 @@ def test_all_together_under_a_sparse_plan_in_a_padded_batch(plan):
         "head_force:spans=[2,4],heads={2:[0]},rows=all",
         "head_ablate:mode=block,spans=[5,8],heads={0:[3]}",
         "steer:alpha=0.1,spans=[[3,7]],prompt_len=20,heads={0:[1],1:[0,2]}",
+        "act:thr=0.05,skip_first=0,skip_last=0,heads={0:[0,2],1:[1,3]}",
+        "head_mask:mode=uniform,phase=both,heads={2:[3]}",
         plan,
     ]
     with hfpatch.patch(model, patches) as handle:

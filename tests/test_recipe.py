@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -318,8 +319,34 @@ def test_sizes():
             parse_size(bad)
 
 
+@pytest.fixture
+def named_files(tmp_path, monkeypatch):
+    """The files that shipped recipes name, which their comments say how to make or where to get."""
+    from hfpatch.calibrated import Header, ModelSizes, encode
+    from hfpatch.methods.act import HEADS
+    from hfpatch.methods.head_gate import FAR
+
+    monkeypatch.chdir(tmp_path)
+    for folder in ("banking77", "babi"):
+        (tmp_path / folder).mkdir()
+    labels = "card arrival, exchange rate, pin blocked, top up failed, age limit, country support, lost or stolen card"
+    rows = [f"why?,{label.replace(' ', '_')}" for label in [*labels.split(", "), "request refund"]]
+    passage = {"isgold": True, "title": "t", "text": "Ada Byron wrote it."}
+    for name, text in {
+        "heads.json": '{"0-0": [1.0]}',
+        "act-heads.json": encode(Header(HEADS, {}, ModelSizes(30, 9, 3, 64)), {"layers": {"2": [0]}}).decode(),
+        "far.json": encode(Header(FAR, {}, ModelSizes(30, 9, 3, 64)), {"far": [[0.0] * 9] * 30}).decode(),
+        "banking77/test.csv": "\n".join(["text,category", *rows]),
+        "babi/qa6_yes-no-questions_test.txt": "1 John got the milk.\n2 Is John there?\tno\t1",
+        "nq-open-oracle.jsonl.gz": json.dumps(
+            {"question": "who wrote it", "answers": ["Ada Byron"], "ctxs": [passage]}
+        ),
+    }.items():
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+
+
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
-def test_shipped_recipes_fit_the_methods_and_tasks(name):
+def test_shipped_recipes_fit_the_methods_and_tasks(name, named_files):
     import hfpatch
     from hfpatch.evals.work import Work
 

@@ -136,7 +136,9 @@ def test_starts_are_as_large_as_the_plan_and_no_larger():
 
 def test_order_of_kernels():
     def first(plan, *, cuda=True, q_len=1, kv_len=1 << 20, mask=None):
-        call = SimpleNamespace(query=SimpleNamespace(is_cuda=cuda), q_len=q_len, kv_len=kv_len, mask=mask)
+        call = SimpleNamespace(
+            query=SimpleNamespace(is_cuda=cuda), q_len=q_len, kv_len=kv_len, mask=mask, phase="prefill"
+        )
         return next(name for name in kernels._order(call, plan) if name != "flash")
 
     sparse = make_blocks(CALL, 1, 16, 16)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from hfpatch.methods.act import AttentionCalibration
 from hfpatch.methods.base import Method, option
 from hfpatch.patch import patch
 from hfpatch.recipe import PatchSpec
+
+if TYPE_CHECKING:
+    from hfpatch.evals.base import Sample
 
 Head = tuple[int, int]
 
@@ -57,7 +60,7 @@ class Heads(Calibration):
     """Calibrates one head at a time on labelled prompts, and keeps the heads that are better for it.
 
     Data: JSON lines {"prompt", "answer", "options"} (`--data`; prompts as the model gets them, options may be missing),
-    or an evaluation task (`task`, for instance "babilong:data=DIR,subtasks=qa6,lengths=0k"). An answer is judged by its
+    or evaluation tasks (`task`, for instance "babilong:data=DIR,subtasks=qa6,lengths=0k"). An answer is judged by its
     first token, against the other options, or against the whole vocabulary.
 
     Cheap, compared with the paper's full scan: of each prompt the states before each layer are kept, so that only later
@@ -75,7 +78,10 @@ class Heads(Calibration):
     reads: ClassVar[str] = "files"
     use: ClassVar[str] = "act:head_list={file}"
 
-    task: str | None = option(None, "evaluation task with its options, in place of data files")
+    task: str | None = option(
+        None,
+        "evaluation task with its options, in place of data files; several with ' + ' between, as many prompts of each",
+    )
     samples: int = option(50, "prompts", ge=1, paper=900)
     by: str = option("logprob", "what must rise", choices=("logprob", "accuracy"), paper="accuracy")
     min_gain: float = option(0.0, "a head is kept if it gains more than this", ge=0)
@@ -153,7 +159,7 @@ class Heads(Calibration):
     def _prompts(self, work: Work) -> list[Labelled]:
         tokenizer = work.tokenizer
         if self.task is not None:
-            return self._of_task(work, self.task)
+            return self._of_tasks(work, self.task)
         if not work.files:
             raise DataMissingError(
                 'act: the filter needs labelled prompts. Give --data FILE with JSON lines {"prompt": ..., "answer": '
@@ -163,19 +169,26 @@ class Heads(Calibration):
         random.Random(self.seed).shuffle(found)
         return found[: self.samples]
 
+    def _of_tasks(self, work: Work, text: str) -> list[Labelled]:
+        """As many prompts of each task, in an order drawn from the seed."""
+        specs = text.split(" + ")
+        each = [self._of_task(work, spec)[: -(-self.samples // len(specs))] for spec in specs]
+        found = [prompt for prompts in each for prompt in prompts]
+        random.Random(self.seed).shuffle(found)
+        return found[: self.samples]
+
     def _of_task(self, work: Work, text: str) -> list[Labelled]:
         from hfpatch.evals.base import TASKS
 
         spec = PatchSpec.parse(text)
         task = TASKS.get(spec.use).from_options(spec.params)
-        if not task.generates():
-            raise ConfigError(f"act: task {task.name} has no answers that could be right. Take one that generates.")
         drawn = [s for cell in task.cells() for s in task.draw(work.tokenizer, cell, self.seed) if s.refused is None]
+        if not task.generates() and not all("options" in s.meta for s in drawn):
+            raise ConfigError(
+                f"act: task {task.name} has no answers that could be right. Take one that generates or chooses."
+            )
         random.Random(self.seed).shuffle(drawn)
-        return [
-            Labelled(s.ids, _starts(work.tokenizer, s.gold if isinstance(s.gold, str) else s.gold[0]))
-            for s in drawn[: self.samples]
-        ]
+        return [_of_sample(work.tokenizer, sample) for sample in drawn]
 
 
 def scan(model: Any, method: AttentionCalibration, prompt: Labelled, least: float = 0.0) -> dict[str, Any]:
@@ -313,6 +326,12 @@ def _labelled(tokenizer: Any, row: dict[str, Any]) -> Labelled:
         raise ConfigError(f"act: the answer {answer!r} is none of its options: {', '.join(options)}.")
     ids = list(tokenizer(str(row["prompt"]))["input_ids"])
     return Labelled(ids, _starts(tokenizer, answer), tuple(_starts(tokenizer, one) for one in options))
+
+
+def _of_sample(tokenizer: Any, sample: Sample) -> Labelled:
+    gold = sample.gold if isinstance(sample.gold, str) else sample.gold[0]
+    options = sample.meta.get("options", ())
+    return Labelled(sample.ids, _starts(tokenizer, gold), tuple(_starts(tokenizer, one) for one in options))
 
 
 def _starts(tokenizer: Any, answer: str) -> frozenset[int]:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from hfpatch.cli.console import Terminal, table
 from hfpatch.cli.options import RunOptions, check_patches, empty_model, gates, offline
-from hfpatch.errors import DataMissingError
+from hfpatch.errors import ConfigError, DataMissingError
 from hfpatch.recipe import Recipe
 
 
@@ -98,7 +98,12 @@ def find_run(text: str, base: Path = Path("runs")) -> Any:
     given = Path(text).expanduser()
     for path in (given, base / text):
         if path.exists():
-            return RunDir.open(path)
+            run = RunDir.open(path)
+            if (run.path / "answers.json").is_file():
+                raise ConfigError(
+                    f"{run.path} holds one prompt, dense and patched, and no samples; read its report.html."
+                )
+            return run
     names = sorted((path.parent.name for path in base.glob("*/run.json")), reverse=True)
     known = [*names, *(["latest"] if (base / "latest").is_file() else [])]
     near = [name for name in names if text in name] or get_close_matches(text, known, n=3, cutoff=0.5)

@@ -23,6 +23,8 @@ from hfpatch.plan import Dense, Plan, Window
 SMALL = 512 * 512
 # More queries fill a GPU without splitting their keys.
 FEW_QUERIES = 16
+# Those that know attention that is not causal.
+TOWER = ("sdpa", "reference")
 KERNELS = ("flash", "triton_decode", "triton_blocks", "cpu_blocks", "sdpa", "reference")
 
 
@@ -52,7 +54,8 @@ def choose(call: AttentionCall, plan: Plan, kernel: str = "auto") -> Choice:
     check_name(kernel)
     refused: dict[str, str] = {}
     for name in _order(call, plan) if kernel == "auto" else (kernel,):
-        reason = load(name).why_not(call, plan)
+        other = call.phase == "tower" and name not in TOWER
+        reason = "runs causal attention, a vision tower's is not" if other else load(name).why_not(call, plan)
         if reason is None:
             return Choice(name, refused)
         refused[name] = reason
@@ -67,6 +70,8 @@ def _order(call: AttentionCall, plan: Plan) -> tuple[str, ...]:
 
     Except on a GPU, where it does not split keys among programs once it needs a mask.
     """
+    if call.phase == "tower":
+        return TOWER
     few = call.q_len <= FEW_QUERIES
     names = tuple(name for name in KERNELS if few or name != "triton_decode")
     masked = not isinstance(plan, Dense) or call.mask is not None or call.q_len > 1

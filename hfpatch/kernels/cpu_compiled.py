@@ -1,8 +1,9 @@
 """`cpu_compiled.cpp`, the inner loop of `cpu_blocks`, compiled on first use by the machine's own C++ compiler.
 
-It needs an x86 CPU with AVX-512 (AVX512-BF16 for bf16) and g++ or clang++ on the PATH (or in CXX); elsewhere torch's
-matmuls do the work. HFPATCH_COMPILE=0 forbids it. The library lies in `hfpatch.storage.cache_dir()/kernels`, named by a
-digest of source and flags; compiling takes some seconds, once.
+It needs an x86 CPU with AVX2 and FMA, better AVX-512, and g++ or clang++ on the PATH (or in CXX); elsewhere torch's
+matmuls do the work. bf16 is multiplied as it is with AVX512-BF16 and widened to fp32 without. HFPATCH_COMPILE=0 forbids
+it. The library lies in `hfpatch.storage.cache_dir()/kernels`, named by a digest of source and flags; compiling takes
+some seconds, once.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from hfpatch.plan import Blocks, Permuted, Plan, Window
 from hfpatch.storage import cache_dir
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-# named one by one, so that the library also runs on another machine that shares the cache
-_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-mfma", "-mbmi2") + tuple(
-    f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "bf16")
-)
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
+# What the CPU must have, in torch's words and best first. Each is a flag of its own, so that the library also runs on
+# another machine that shares the cache.
+_AVX512 = ("fma3", "bmi2", "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq")
+_TARGETS = ((*_AVX512, "avx512_bf16"), _AVX512, ("fma3", "avx2"))
 # Rows (queries × heads) of a task: enough that packing its keys is little work, few enough that sums stay in the cache.
 _ROWS = 896
 _BLOCKS, _WINDOW, _BAND = range(3)
@@ -71,6 +73,8 @@ def why_not(call: AttentionCall, plan: Plan) -> str | None:
         span = call.q_len if call.q_offset else min(_tile(call, plan), call.q_len)
         if plan.before + plan.after + span > call.kv_len:
             return "the circular window reaches round the whole order"
+    if call.query.dtype == torch.bfloat16 and _capabilities().get("amx_tile"):
+        return "this CPU has AMX, which torch's matmuls use for bf16 and this does not"
     return _library().refused
 
 
@@ -168,13 +172,23 @@ _library = lru_cache(maxsize=1)(_Library)
 def _why_no_library() -> str | None:
     if os.environ.get("HFPATCH_COMPILE", "1") == "0":
         return "HFPATCH_COMPILE=0"
-    if not torch.cpu._is_avx512_bf16_supported():
-        return "this CPU has no AVX512-BF16"
-    if torch.cpu._is_amx_tile_supported():
-        return "this CPU has AMX, which torch's matmuls use and this does not"
+    if _target() is None:
+        return "this CPU has neither AVX-512 nor AVX2 with FMA"
     if _compiler() is None:
         return "no C++ compiler (g++ or clang++ on the PATH, or CXX)"
     return None
+
+
+@lru_cache(maxsize=1)
+def _capabilities() -> dict[str, object]:
+    """What torch found out about the CPU; nothing if this torch does not tell."""
+    return dict(getattr(torch.cpu, "get_capabilities", dict)())
+
+
+def _target() -> tuple[str, ...] | None:
+    """The best instructions that this CPU has, or None."""
+    has = _capabilities()
+    return next((target for target in _TARGETS if all(has.get(name) for name in target)), None)
 
 
 def _compiler() -> str | None:
@@ -183,13 +197,14 @@ def _compiler() -> str | None:
 
 def _compiled() -> Path:
     """The library, compiled unless it lies in the cache."""
-    digest = hashlib.sha256(_SOURCE.read_bytes() + " ".join(_FLAGS).encode()).hexdigest()[:16]
+    flags = (*_FLAGS, *("-m" + name.replace("_", "").removesuffix("3") for name in _target() or ()))
+    digest = hashlib.sha256(_SOURCE.read_bytes() + " ".join(flags).encode()).hexdigest()[:16]
     target = cache_dir() / "kernels" / f"{_SOURCE.stem}-{digest}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
             made = Path(folder) / target.name
-            command = [str(_compiler()), *_FLAGS, "-o", str(made), str(_SOURCE)]
+            command = [str(_compiler()), *flags, "-o", str(made), str(_SOURCE)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
             # another process may do the same at the same time
             made.replace(target)

@@ -20,7 +20,8 @@ def why_not(call: AttentionCall, plan: Plan) -> str | None:
         return "torch's fused attention has no learned sinks"
     if call.need_lse and call.query.device.type != "cpu":
         return "torch's fused attention returns no log-sum-exp"
-    masked = call.mask is not None and call.mask.ndim == 4
+    # a tower has one mask for all of its layers and images of a size
+    masked = call.phase == "tower" or (call.mask is not None and call.mask.ndim == 4)
     if not isinstance(plan, Dense) and not masked and call.q_len > 1 and call.q_len * call.kv_len > SMALL:
         return f"would build a [{call.q_len}, {call.kv_len}] mask"
     return None
@@ -31,7 +32,8 @@ def run(call: AttentionCall, plan: Plan) -> tuple[Tensor, Tensor | None]:
     if call.q_len == 1 and call.mask is None and (keys := _few_keys(call, plan)) is not None:
         return run(replace(call, key=keys[0], value=keys[1]), Dense())
     mask = None
-    if not isinstance(plan, Dense) or call.mask is not None or call.q_len not in (1, call.kv_len):
+    tower = call.phase == "tower"
+    if tower or not isinstance(plan, Dense) or call.mask is not None or call.q_len not in (1, call.kv_len):
         mask = visible(call, plan)
     if call.need_lse:
         return _run_with_lse(call, mask)

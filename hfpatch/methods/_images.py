@@ -1,4 +1,4 @@
-"""What methods share that drop image tokens inside the language model: which stay, and how many after which layer."""
+"""What methods share that know image tokens: which stay, how many after which layer, and what came in one piece."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hfpatch.call import AttentionCall
-from hfpatch.errors import ConfigError
+from hfpatch.errors import ConfigError, UnsupportedError
 from hfpatch.images import text_mask
 from hfpatch.statistics import last_rows_probs
 
@@ -49,6 +49,18 @@ def text_of(call: AttentionCall) -> Tensor:
     """bool [B, kv_len]: real tokens after the last image token, see `hfpatch.images.text_mask`."""
     assert call.image_mask is not None
     return text_mask(call.image_mask, padding_mask(call))
+
+
+def check_one_piece(name: str, call: AttentionCall) -> None:
+    """Raise UnsupportedError where a prompt with images seems to come in pieces.
+
+    A method that acts at the prompt's last token must know it, and a first piece looks like a whole prompt.
+    """
+    if call.phase == "extend" and call.seq is not None and call.seq.forwards == 2 and call.image_mask is not None:
+        raise UnsupportedError(
+            f"{name} acts at the prompt's last token, and several tokens follow on the first forward: the prompt comes "
+            "in chunks, or tokens are drafted. Give the prompt in one piece (no prefill_chunk_size), without drafts."
+        )
 
 
 # Schedules -----------------------------------------------------------------------------------------------------------
@@ -107,6 +119,11 @@ def last_token_attention(call: AttentionCall) -> Tensor:
 
 
 # Images in rows ------------------------------------------------------------------------------------------------------
+
+
+def picked(x: Tensor, places: Tensor) -> Tensor:
+    """The rows of x [images, P, D] at places [images, k]: [images, k, D]."""
+    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def places_in_rows(places: Tensor, patches: int, rows: int) -> Tensor:

@@ -360,23 +360,28 @@ class _View:
         of nearly equal numbers, of which `out` has only the digits of the model's dtype: such rows are made again.
         """
         rest = (out - found.output) / (1 - found.mass).clamp(min=1e-6)
-        part, hard = self.part, found.mass[..., 0] > _NEARLY_ALL
-        if part.plans or not bool(hard.any()):
+        hard = found.mass[..., 0] > _NEARLY_ALL
+        if not bool(hard.any()):
             return rest
         assert found.index is not None and found.valid is not None
-        learned = self.learned()
-        for b, h in hard.any(-1).nonzero().tolist():
-            kv, sinks = h // part.num_key_value_groups, found.index[b, h][found.valid[b, h]]
-            key, value = (x[b, kv].to(out.dtype) for x in (part.key, part.value))
-            rows = hard[b, h].nonzero().flatten()
-            for some in torch.split(rows, max(_WEIGHTS.get(rows.device.type, _WEIGHTS["cpu"]) // part.kv_len, 1)):
-                scores = part.query[b, h, some].to(out.dtype) @ key.mT * part.scaling
-                kept = self._permitted(b, some).index_fill(1, sinks, False)
-                probs = self._probs(scores, self.lse[b, h, some], kept)
-                mass = probs.sum(-1, keepdim=True)
-                if isinstance(learned, Tensor):
-                    mass = mass + learned[b, h, some]
-                rest[b, h, some] = probs @ value / mass.clamp(min=_TINY)
+        part, learned = self.part, self.learned()
+        size = max(_WEIGHTS.get(out.device.type, _WEIGHTS["cpu"]) // hard[:, 0].numel(), 1)
+        for h in hard.any(-1).any(0).nonzero().flatten().tolist():
+            kv, rows = h // part.num_key_value_groups, hard[:, h]
+            query = part.query[:, h].to(out.dtype)
+            total = torch.zeros_like(out[:, h])
+            mass = torch.zeros_like(total[..., :1]) + (learned[:, h] if isinstance(learned, Tensor) else 0.0)
+            for slots in torch.split(torch.arange(part.kv_len, device=out.device), size):
+                here = slots.expand(len(rows), 1, -1)
+                sinks = (here[:, 0, :, None] == found.index[:, h, None]) & found.valid[:, h, None]
+                kept = kept_pairs(self.call, here, self.heads[h : h + 1])[:, 0] & ~sinks.any(-1)[:, None]
+                key, value = (x[:, kv, slots].to(out.dtype) for x in (part.key, part.value))
+                for b in rows.any(-1).nonzero().flatten().tolist():
+                    some = rows[b]
+                    probs = self._probs(query[b, some] @ key[b].mT * part.scaling, self.lse[b, h, some], kept[b, some])
+                    total[b, some] += probs @ value[b]
+                    mass[b, some] += probs.sum(-1, keepdim=True)
+            rest[:, h] = torch.where(rows[..., None], total / mass.clamp(min=_TINY), rest[:, h])
         return rest
 
     def learned(self) -> Tensor | float:
@@ -384,15 +389,6 @@ class _View:
         if self.part.sinks is None:
             return 0.0
         return (self.part.sinks.to(self.lse.dtype)[:, None] - self.lse).exp()[..., None]
-
-    def _permitted(self, row: int, queries: Tensor) -> Tensor:
-        """bool [queries, n]: what some queries of one row see."""
-        mask = self.part.mask
-        if mask is not None and mask.ndim == 4:
-            return mask[row, 0, queries]
-        slots = torch.arange(self.part.kv_len, device=queries.device)
-        seen = slots <= queries[:, None] + self.part.q_offset
-        return seen if mask is None else seen & mask[row]
 
     def _probs(self, scores: Tensor, lse: Tensor, kept: Tensor | None) -> Tensor:
         if self.part.softcap is not None:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from hfpatch.calibrated import ModelSizes
 from hfpatch.call import AttentionCall
-from hfpatch.images import Look, Merge
+from hfpatch.encoding import ENCODED
+from hfpatch.errors import UnsupportedError
+from hfpatch.images import Look, Merge, without_images
 from hfpatch.options import Options, option
 from hfpatch.plan import Plan, Window
 from hfpatch.registry import METHODS
@@ -29,7 +31,7 @@ class Card:
         summary: one line.
         paper: title and arXiv id.
         phase: what the published method touches.
-        needs: e.g. "image tokens", "class token" (of the vision tower), "lse", "gpu", "calibration".
+        needs: e.g. "image tokens", "class token" (of the vision tower), "pixels", "lse", "gpu", "calibration".
     """
 
     family: Family
@@ -40,20 +42,65 @@ class Card:
 
 
 @dataclass(frozen=True, slots=True)
+class Stream:
+    """A second run of the same sequences that goes along with the first, on a cache of its own, all patches off.
+
+    Attributes:
+        change: keyword arguments of a forward -> those of the second run's; asked in every forward.
+        mix: (logits, logits of the second run) -> the logits that the model gives.
+    """
+
+    change: Callable[[dict[str, Any]], dict[str, Any]]
+    mix: Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One prompt, before its first layer runs.
 
     Attributes:
         kwargs: what the model's forward was called with.
-        call: runs the model with other keyword arguments, all patches off.
+        call: runs the model with other keyword arguments, all patches off. A function before them sees every layer's
+            number and its attention output before the output projection, [B, n, Hq, D].
         store: `SequenceState.store` of the sequences that start here.
+        image_mask: bool [B, n], True at image tokens; None where the model has none, or was not given token ids.
+        image_marks: ids of tokens that stand around images and mean nothing without them.
+        write: `write(steps, watch, **kwargs)` continues prompts greedily, all patches off: int64 [B, steps taken], -1
+            behind the token that ends an answer. `watch(call)` sees the attention of every layer in every step.
+        fall_back: is told why the method leaves this prompt as it is; an error under strict.
         looks: what `when_embedded` was given.
+        streams: what `beside` was given.
     """
 
     kwargs: Mapping[str, Any]
     call: Callable[..., Any]
+    write: Callable[..., Tensor]
+    fall_back: Callable[[str], None]
     store: dict[Any, Any]
+    image_mask: Tensor | None = None
+    image_marks: tuple[int, ...] = ()
     looks: list[Look] = field(default_factory=list)
+    streams: list[Stream] = field(default_factory=list)
+
+    def pixels(self) -> Tensor | None:
+        """`pixel_values` of the prompt, for methods whose card needs "pixels"; None: it has no images.
+
+        Raises UnsupportedError where only features of its images came along.
+        """
+        if isinstance(found := self.kwargs.get("pixel_values"), Tensor):
+            return found
+        if (self.kwargs.get(ENCODED) or {}).get("image") is not None:
+            raise UnsupportedError(
+                "its images came encoded, in a way that hides their pixels: in pieces (prefill_chunk_size), as beams "
+                "of several patches, or by the caller"
+            )
+        return None
+
+    def text_only(self) -> dict[str, Any] | None:
+        """Arguments for `call`: the same prompts without their images, see `without_images`. None: there are none."""
+        if self.image_mask is None or not bool(self.image_mask.any()):
+            return None
+        return without_images(self.kwargs, self.image_mask, self.image_marks)
 
     def when_embedded(self, look: Look) -> None:
         """Have `look` see the prompt once its images are embedded; it may choose the image tokens that go on.
@@ -62,6 +109,10 @@ class Request:
         token; where it cannot be had, the prompt runs as it is, and the report says why.
         """
         self.looks.append(look)
+
+    def beside(self, stream: Stream) -> None:
+        """Have a second run go along with this prompt and all that is decoded after it; its logits are mixed in."""
+        self.streams.append(stream)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +200,11 @@ class Method(Options):
     def neutral(cls) -> Self:
         """Options under which the method must equal dense attention; the contract suite relies on it."""
         raise NotImplementedError
+
+    @classmethod
+    def drops_images(cls) -> bool:
+        """Whether it leaves image tokens out, before the first layer or inside: then it has a forecast."""
+        return cls.stages is not Method.stages
 
     @classmethod
     def verbs(cls) -> tuple[str, ...]:

@@ -185,7 +185,7 @@ class DynamicHierarchical(Method):
         # rows by the places of their real tokens, as attention will see them
         for layout in find_layouts(real, 0):
             part = ends[layout.rows][:, layout.tokens]
-            known[tuple(part.shape)] = part
+            known[tuple(layout.rows), part.shape[1]] = part
         return None
 
     @torch.no_grad()
@@ -256,8 +256,8 @@ class DynamicHierarchical(Method):
 
     def _delimiters(self, call: AttentionCall) -> Tensor:
         """bool [B, n]; later pieces of a prompt that comes in pieces have none."""
-        shape = call.key.shape[0], call.kv_len
-        found = torch.zeros(shape, dtype=torch.bool, device=call.key.device)
+        batch = call.key.shape[0]
+        found = torch.zeros(batch, call.kv_len, dtype=torch.bool, device=call.key.device)
         if call.seq is None:
             # a dry run
             return found
@@ -267,16 +267,16 @@ class DynamicHierarchical(Method):
                 f'{self.name}: chunker="delimiter" needs the prompt\'s input_ids, and the model was called without '
                 'them. Pass input_ids, or use chunker="keydiff".'
             )
-        if (before := known.get((shape[0], call.q_offset))) is not None:
+        rows = call.rows or tuple(range(batch))
+        if (before := known.get((rows, call.q_offset))) is not None:
             found[:, : call.q_offset] = before
-        return known.setdefault(shape, found)  # type: ignore[no-any-return]
+        return known.setdefault((rows, call.kv_len), found)  # type: ignore[no-any-return]
 
     def _once(self, call: AttentionCall, what: str, make: Callable[[], Any]) -> Any:
         """What `make` returns, once a forward for all layers."""
         if call.seq is None:
             return make()
-        # rows with different padding are calls of their own
-        key = (*call.query.shape[:2], call.kv_len)
+        key = (call.rows, call.query.shape[1], call.kv_len)
         memo = call.seq.store.setdefault((self, what), {})
         if key not in memo or memo[key][0] != call.seq.forwards:
             for old in [k for k, (forward, _) in memo.items() if forward != call.seq.forwards]:
@@ -289,12 +289,12 @@ class DynamicHierarchical(Method):
     def _decode(self, call: AttentionCall) -> Plan:
         """Chunks of the prompt, then one of all tokens written since, then the query's own token."""
         batch, n = call.key.shape[0], call.q_offset
-        known: dict[tuple[int, int], _Past] = {}
+        known: dict[tuple[Any, int], _Past] = {}
         forward = 0
         if call.seq is not None:
             forward = call.seq.forwards
             known = call.seq.store.setdefault((self, call.layer_idx), known)
-        past = known.pop((batch, n), None)
+        past = known.pop((call.rows, n), None)
         if past is None:
             # the first step, or one after a crop of the cache: what is there counts as the prompt
             for old in [k for k, p in known.items() if p.forwards < forward - 1]:
@@ -302,7 +302,7 @@ class DynamicHierarchical(Method):
             prompt = replace(call, key=call.key[:, :, :n], value=call.value[:, :, :n])
             chunks = self._boundaries(prompt)
             past = _Past(chunks, summaries(prompt.key, chunks, self.pooling), n, forward)
-        known[batch, call.kv_len] = replace(past, forwards=forward)
+        known[call.rows, call.kv_len] = replace(past, forwards=forward)
         lengths = n - past.length, 1
         start = torch.tensor([0, lengths[0]], device=call.key.device).expand(batch, -1)
         written = Chunks(start, start + torch.tensor(lengths, device=start.device), 1)

@@ -230,12 +230,12 @@ class HeadGate(Method):
         Only those of the prompt are kept, which beams have in common; what was written since is added up anew.
         """
         batch, n = call.key.shape[0], call.q_offset
-        known: dict[tuple[int, int, int], _Past] = {}
+        known: dict[tuple[Any, ...], _Past] = {}
         forward = 0
         if call.seq is not None:
             known, forward = call.seq.store.setdefault((self, call.layer_idx), known), call.seq.forwards
         shape = batch, call.key.shape[1]
-        past = known.pop((*shape, n), None)
+        past = known.pop((call.rows, *shape, n), None)
         if past is None:
             # the first step, or one after a crop of the cache: what is there counts as the prompt
             for old in [k for k, p in known.items() if p.forwards < forward - 1]:
@@ -251,7 +251,7 @@ class HeadGate(Method):
             squares=past.squares + more.square().sum(2),
             forwards=forward,
         )
-        known[*shape, call.kv_len] = past
+        known[call.rows, *shape, call.kv_len] = past
         written = call.key[:, :, past.prompt : stop].float()
         return past.keys + written.sum(2), past.squares + written.square().sum(2)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hfpatch.errors import ConfigError
 from hfpatch.images import Chosen, Embedded, Tower
-from hfpatch.methods._images import places_in_rows
+from hfpatch.methods._images import picked, places_in_rows
 from hfpatch.methods.base import Card, Method, Request, option, register_patcher
 
 
@@ -91,11 +91,11 @@ def zipped(tower: Tower, dominant: int, contextual: int) -> Tensor:
     order = chosen.int().argsort(dim=-1, descending=True, stable=True)
     best, others = order[:, : dominant - 1], order[:, dominant - 1 :]
     states = tower.states[:, 1:]
-    kept = torch.cat([tower.states[:, :1], _rows(states, best)], 1)
+    kept = torch.cat([tower.states[:, :1], picked(states, best)], 1)
     if contextual == 0:
         return kept
-    rest = _rows(states, others)
-    keys = torch.nn.functional.normalize(_rows(tower.keys.float().mean(1), others), dim=-1)
+    rest = picked(states, others)
+    keys = torch.nn.functional.normalize(picked(tower.keys.float().mean(1), others), dim=-1)
     step = max(rest.shape[1] // contextual, 1)
     targets = torch.arange(0, rest.shape[1], step, device=rest.device)[:contextual]
     assigned = torch.ones(rest.shape[1], dtype=torch.bool, device=rest.device)
@@ -106,7 +106,3 @@ def zipped(tower: Tower, dominant: int, contextual: int) -> Tensor:
     means = sums / belongs.sum(1)[..., None].clamp(min=1)
     # the sum of a target and the mean of what it collects, as published, not their average
     return torch.cat([kept, rest[:, targets] + means], 1)
-
-
-def _rows(x: Tensor, places: Tensor) -> Tensor:
-    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hfpatch.images import Chosen, Embedded
-from hfpatch.methods._images import places_in_rows
+from hfpatch.methods._images import picked, places_in_rows
 from hfpatch.methods.base import Card, Method, Request, option, register_patcher
 
 _AT_A_TIME = 8
@@ -81,12 +81,8 @@ def important_and_diverse(attention: Tensor, states: Tensor, count: int, importa
         even, odd = left[:, ::2], left[:, 1::2]
         drop = min(_AT_A_TIME, left.shape[1] - wanted, even.shape[1])
         if odd.shape[1]:
-            alike = (_rows(unit, even) @ _rows(unit, odd).mT).amax(-1)
+            alike = (picked(unit, even) @ picked(unit, odd).mT).amax(-1)
             # the most similar ones go; the others stand in descending order of similarity
             even = even.gather(1, alike.sort(dim=-1, descending=True, stable=True).indices)
         left = torch.cat([even[:, drop:], odd], 1)
     return torch.cat([best, left], 1).sort(-1).values
-
-
-def _rows(x: Tensor, places: Tensor) -> Tensor:
-    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))

@@ -51,7 +51,7 @@ class XAttention(Method):
         phase="prefill",
     )
     examples: ClassVar[tuple[dict[str, object], ...]] = (
-        {"tau": 0.5, "stride": 2, "block_size": 4},
+        {"tau": 0.62, "stride": 2, "block_size": 4},
         {"tau": 0.4, "stride": 1, "block_size": 2, "share": "group"},
     )
 

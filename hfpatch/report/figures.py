@@ -18,14 +18,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hfpatch.report.results import PHASES
 from hfpatch.report.run import write_atomically
 from hfpatch.report.words import signed, table_label, tokens_text
+from hfpatch.summary import PHASES
 
 # Okabe and Ito's colours: told apart with any kind of colour vision, and visible on white and on black.
 ARM_COLOURS = {"dense": "#0072b2", "patched": "#d55e00"}
 PART_COLOURS = {"weights": "#8a8f98", "KV cache": "#56b4e9", "activations": "#e69f00"}
-PHASE_COLOURS = {"prefill": "#0072b2", "extend": "#009e73", "decode": "#cc79a7"}
+PHASE_COLOURS = {"prefill": "#0072b2", "extend": "#009e73", "decode": "#cc79a7", "tower": "#d55e00"}
 # Text and axes. In a page it becomes `currentColor`, so that it follows the light or dark scheme.
 INK = "#1b1d21"
 MISSING = "#a0a4ab"

@@ -503,6 +503,8 @@ def _density(results: Mapping[str, Any], pictures: Mapping[str, Picture]) -> lis
         ]
         if len(rows) > 1:
             blocks.append(_compact(["length", "kept in prefill", "kept in decode"], rows, ()))
+    if density.get("tower") is not None:
+        blocks.append(Text(f"Kept of all pairs in the vision tower, over its layers: {100 * density['tower']:.1f} %."))
     blocks += [pictures[name] for name in ("density",) if name in pictures]
     if results["kernels"]:
         header = ["phase", "layers", "action", "kernel", "calls", "why not a faster one"]

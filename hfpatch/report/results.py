@@ -43,11 +43,11 @@ from hfpatch.report.quality import (
 )
 from hfpatch.report.run import RunDir
 from hfpatch.report.words import patch_text, row_label, signed, speed_text, tokens_text
+from hfpatch.summary import PHASES
 
 SCHEMA = 1
 CONTROL = "control"
 FIDELITY = "fidelity"
-PHASES = ("prefill", "extend", "decode")
 
 Row = Mapping[str, Any]
 Results = dict[str, Any]
@@ -235,6 +235,7 @@ def _density(recipe: Row, rows: Sequence[Row], layers: Sequence[Row]) -> dict[st
         "asked": keeps[0] if len(keeps) == 1 else None,
         "prefill": mean(row["density_prefill"] for row in rows),
         "decode": mean(row["density_decode"] for row in rows),
+        "tower": mean(row.get("density_tower") for row in rows),
         "by_length": by_length,
         "layers": [
             {"layer": layer, "phase": phase, "density": sum(d * n for d, n in part) / sum(n for _, n in part)}

@@ -172,6 +172,8 @@ def _point(entry: Mapping[str, Any], run: RunDir | None, sweep: SweepDir) -> Sum
         unknown = dict.fromkeys(("dense", "delta", "ci", "win", "tie", "loss", "reading"))
         about = {"task": FIDELITY, "metric": metric, "value": value, "n": rows[-1]["n"]}
         point["quality"] += [about | unknown | {"lower_is_better": False, "indicative": False}] * (value is not None)
+    if (tower := results["density"]["tower"]) is not None:
+        point["density"]["tower"] = tower
     for phase in PHASES:
         entries = [e for e in timing[phase] if e["patched" if patched else "dense"]]
         if entries:
@@ -542,8 +544,10 @@ def points_table(results: Mapping[str, Any]) -> Table:
     header += [
         "kept image tokens",
         "FLOPs",
+        "KV bytes",
         "kept in prefill",
         "kept in decode",
+        "kept in tower",
         *(f"{name}{at}" for name in (*PHASES, "KV cache", "peak memory")),
     ]
     rows, states = [], []
@@ -558,11 +562,13 @@ def points_table(results: Mapping[str, Any]) -> Table:
             row += [NONE] * 3 if q is None else [f"{q['value']:.3f}", _delta(q), f"{q['n']}{'*' * q['indicative']}"]
         cost = point["image_tokens"]
         row += (
-            [f"{cost['average']:.1f} of {cost['images']:.0f}", f"{100 * cost['flops_share']:.1f} %"]
+            [f"{cost['average']:.1f} of {cost['images']:.0f}"]
+            + [f"{100 * cost[share]:.1f} %" for share in ("flops_share", "kv_share")]
             if cost
-            else [NONE] * 2
+            else [NONE] * 3
         )
-        row += [NONE if point["density"][x] is None else f"{100 * point['density'][x]:.1f} %" for x in PHASES]
+        shares = [point["density"].get(x) for x in (*PHASES, "tower")]
+        row += [NONE if share is None else f"{100 * share:.1f} %" for share in shares]
         row += [_time_text(point["time"][phase], not at) for phase in PHASES]
         for keys in (("kv_mb",), ("peak_prefill_mb", "peak_decode_mb")):
             row.append(_memory_text(point["memory"], keys, not at))
