@@ -22,6 +22,9 @@ from hfpatch.patch import PatchHandle, active, patch
 
 State = Literal["pass", "fail", "n/a"]
 
+# needs of a card
+_ON_IMAGES = {"image tokens", "vision tower"}
+
 # largest logit difference per largest dense logit: what rounding alone does to a network of some tens of layers
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _BLOCK = 64
@@ -97,6 +100,7 @@ def verify(model: Any, what: Any, *, seq_len: int = 384, seed: int = 0, **params
     ]
     done = [check() for check in checks]
     done[4:4] = subject.kernels_agree()
+    done += subject.images_are_not_shown()
     facts = (type(subject.model).__name__, str(subject.dtype).removeprefix("torch."), str(subject.device))
     return VerifyReport(specs, *facts, subject.seq_len, done)
 
@@ -141,6 +145,15 @@ class _Subject:
         return Check(name, "pass" if error <= allowed else "fail", error, allowed, note)
 
     # The checks -----------------------------------------------------------------------------------------------------
+
+    def images_are_not_shown(self) -> list[Check]:
+        """Say so of methods that act on images: the prompts are text, so that they do nothing here."""
+        with self.patched() as handle:
+            named = [part.method.name for part in handle.parts if _ON_IMAGES & {*part.method.card.needs}]
+        if not named:
+            return []
+        note = f"prompts of verify are text, so nothing of {', '.join(named)} was tested; try hfpatch eval pope"
+        return [Check("images", "n/a", note=note)]
 
     def neutral_is_dense(self) -> Check:
         name = "neutral options equal dense"

@@ -169,3 +169,10 @@ def test_a_patched_model_is_refused(model):
 def test_data_is_plain(model):
     data = verify(model, Honest(), seq_len=LENGTH, kernel="reference").to_dict()
     assert json.loads(json.dumps(data)) == data and data["seq_len"] == LENGTH and data["ok"] is True
+
+
+@pytest.mark.parametrize(("method", "said"), [("fastv", True), ("na2d", True), ("swa", False)])
+def test_it_says_what_text_cannot_test(method, said):
+    options = {"na2d": {"keep_full": 0}, "swa": {"window": 8}}.get(method, {})
+    notes = {check.name: check.note for check in verify(tiny("llava"), method, seq_len=LENGTH, **options).checks}
+    assert (method in notes.get("images", "")) == said
