@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import Any, ClassVar
 from hfpatch.errors import ConfigError, DataMissingError
 from hfpatch.evals import tinyshapes
 from hfpatch.evals.base import Cell, Sample, chosen_of, option, register_task
+from hfpatch.evals.metrics import normalise
 from hfpatch.evals.pictures import TINYSHAPES, PicturedTables
 from hfpatch.evals.rows import Row, find, read_rows, skipped
 
@@ -87,13 +87,7 @@ class SceneVQA(PicturedTables):
             yield self.sample(tokenizer, number, cell, seed, str(row["image"]), user, **facts)
 
     def score(self, sample: Sample, text: str) -> dict[str, float]:
-        return {"accuracy": float(plain(text) == plain(str(sample.gold)))}
-
-
-def plain(text: str) -> str:
-    """Lower case, without punctuation, articles and extra spaces."""
-    words = re.sub(r"[^\w\s]", " ", text.lower()).split()
-    return " ".join(word for word in words if word not in ("a", "an", "the"))
+        return {"accuracy": float(normalise(text) == normalise(str(sample.gold)))}
 
 
 def scene_questions(split: str) -> list[Row]:

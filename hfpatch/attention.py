@@ -34,8 +34,8 @@ from hfpatch.tower import Tap
 
 NAME = "hfpatch"
 
-See = Callable[[int, Tensor], None]
-"""Is given a layer's number and its attention output before the output projection, [B, n, Hq, D]."""
+Witness = Callable[[AttentionCall, Tensor], None]
+"""Is given the attention call of a decoder layer that runs dense, and its output [B, q_len, Hq, D]."""
 
 _LAYERS: weakref.WeakKeyDictionary[nn.Module, Layer] = weakref.WeakKeyDictionary()
 _PATCHES: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
@@ -181,9 +181,8 @@ class Engine:
         tower_alone: nothing is put on the language model, so that the tower's forwards are counted.
         layer_cost: to count with; None: the engine belongs to no model.
         bypass: run everything dense for now.
-        witness: sees the attention of every layer meanwhile.
+        witness: sees the attention of every decoder layer meanwhile.
         streams: second runs of the forward that is running, from `beside.py`.
-        see: looks at what every layer's attention gives meanwhile.
         watch: calls `plan_for` in place of the layers, to take its time.
     """
 
@@ -209,8 +208,7 @@ class Engine:
     tower_alone: bool = False
     layer_cost: LayerCost | None = None
     bypass: bool = False
-    see: See | None = None
-    witness: Callable[[AttentionCall], None] | None = None
+    witness: Witness | None = None
     streams: list[Any] = field(default_factory=list)
     watch: Callable[..., Plan] | None = None
 
@@ -349,11 +347,9 @@ def attention_forward(
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
     kwargs.update(scaling=scaling, dropout=dropout)
     if layer is None or layer.engine.bypass or not (layer.busy or layer.engine.ahead_now):
-        if layer is not None and layer.engine.bypass and layer.engine.witness is not None:
-            layer.engine.witness(_plain_call(layer, query, key, value, attention_mask, kwargs))
         dense = run_dense(module, query, key, value, attention_mask, layer, kwargs)
-        if layer is not None and layer.engine.bypass and layer.engine.see is not None:
-            layer.engine.see(layer.layer_idx, dense[0])
+        if layer is not None and layer.engine.witness is not None and not layer.tower_layers:
+            layer.engine.witness(_plain_call(layer, query, key, value, attention_mask, kwargs), dense[0])
         return dense
     run = _patched_tower if layer.tower_layers else _patched
     try:

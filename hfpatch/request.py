@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from hfpatch import beside, pruning, shortening
-from hfpatch.attention import Bound, Engine, Forward, See
-from hfpatch.call import AttentionCall, SequenceState
+from hfpatch.attention import Bound, Engine, Forward, Witness
+from hfpatch.call import SequenceState
 from hfpatch.costs import ImageCost
 from hfpatch.errors import UnsupportedError
 from hfpatch.methods.base import Request
@@ -138,9 +137,7 @@ def _fall_back(engine: Engine, bound: Bound, reason: str) -> None:
 
 
 @torch.no_grad()
-def _write(
-    module: nn.Module, engine: Engine, steps: int, watch: Callable[[AttentionCall], None], /, **kwargs: Any
-) -> Tensor:
+def _write(module: nn.Module, engine: Engine, steps: int, watch: Witness, /, **kwargs: Any) -> Tensor:
     """Continue prompts greedily on a cache of their own, see `Request.write`. Padding must stand on the left."""
     kind: Any = type(module)
     ends: Any = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
@@ -148,31 +145,27 @@ def _write(
     if "logits_to_keep" in _parameters(kind):
         kwargs["logits_to_keep"] = 1
     written: list[Tensor] = []
-    engine.witness = watch
-    try:
-        output = _call_dense(module, engine, **kwargs, use_cache=True)
-        mask, name = kwargs["attention_mask"], next(name for name in beside.CACHE_NAMES if name in output)
-        while True:
-            if not hasattr(output, "logits"):
-                raise UnsupportedError(f"{kind.__name__} has no language head; run the whole model")
-            token = output.logits[:, -1].argmax(-1)
-            over = torch.isin(written[-1], ends) | (written[-1] < 0) if written else torch.zeros_like(token).bool()
-            written.append(token.masked_fill(over, -1))
-            if len(written) == steps or bool((over | torch.isin(token, ends)).all()):
-                return torch.stack(written, 1)
-            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            follow = {"input_ids": token[:, None], "attention_mask": mask, name: output[name]}
-            output = _call_dense(module, engine, **follow, use_cache=True)
-    finally:
-        engine.witness = None
+    output = _call_dense(module, engine, watch, **kwargs, use_cache=True)
+    mask, name = kwargs["attention_mask"], next(name for name in beside.CACHE_NAMES if name in output)
+    while True:
+        if not hasattr(output, "logits"):
+            raise UnsupportedError(f"{kind.__name__} has no language head; run the whole model")
+        token = output.logits[:, -1].argmax(-1)
+        over = torch.isin(written[-1], ends) | (written[-1] < 0) if written else torch.zeros_like(token).bool()
+        written.append(token.masked_fill(over, -1))
+        if len(written) == steps or bool((over | torch.isin(token, ends)).all()):
+            return torch.stack(written, 1)
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        follow = {"input_ids": token[:, None], "attention_mask": mask, name: output[name]}
+        output = _call_dense(module, engine, watch, **follow, use_cache=True)
 
 
-def _call_dense(module: nn.Module, engine: Engine, see: See | None = None, /, **kwargs: Any) -> Any:
-    engine.bypass, engine.see = True, see
+def _call_dense(module: nn.Module, engine: Engine, watch: Witness | None = None, /, **kwargs: Any) -> Any:
+    engine.bypass, engine.witness = True, watch
     try:
         return module(**kwargs)
     finally:
-        engine.bypass, engine.see = False, None
+        engine.bypass, engine.witness = False, None
 
 
 def _image_marks(module: nn.Module) -> tuple[int, ...]:

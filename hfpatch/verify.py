@@ -22,7 +22,7 @@ from hfpatch.patch import PatchHandle, active, patch
 
 State = Literal["pass", "fail", "n/a"]
 
-# needs of a card
+# needs of the cards of methods that do nothing to text
 _ON_IMAGES = {"image tokens", "vision tower"}
 
 # largest logit difference per largest dense logit: what rounding alone does to a network of some tens of layers
@@ -89,6 +89,7 @@ def verify(model: Any, what: Any, *, seq_len: int = 384, seed: int = 0, **params
     subject = _Subject(model, what, {"seed": seed, **params}, seq_len)
     with subject.patched() as handle:
         specs = [str(part.method) for part in handle.parts]
+        unseen = [part.method.name for part in handle.parts if _ON_IMAGES & {*part.method.card.needs}]
     checks: list[Callable[[], Check]] = [
         subject.neutral_is_dense,
         subject.undo_is_exact,
@@ -100,7 +101,9 @@ def verify(model: Any, what: Any, *, seq_len: int = 384, seed: int = 0, **params
     ]
     done = [check() for check in checks]
     done[4:4] = subject.kernels_agree()
-    done += subject.images_are_not_shown()
+    if unseen:
+        note = f"prompts of verify are text, so nothing of {', '.join(unseen)} was tested; try hfpatch eval pope"
+        done.append(Check("images", "n/a", note=note))
     facts = (type(subject.model).__name__, str(subject.dtype).removeprefix("torch."), str(subject.device))
     return VerifyReport(specs, *facts, subject.seq_len, done)
 
@@ -145,15 +148,6 @@ class _Subject:
         return Check(name, "pass" if error <= allowed else "fail", error, allowed, note)
 
     # The checks -----------------------------------------------------------------------------------------------------
-
-    def images_are_not_shown(self) -> list[Check]:
-        """Say so of methods that act on images: the prompts are text, so that they do nothing here."""
-        with self.patched() as handle:
-            named = [part.method.name for part in handle.parts if _ON_IMAGES & {*part.method.card.needs}]
-        if not named:
-            return []
-        note = f"prompts of verify are text, so nothing of {', '.join(named)} was tested; try hfpatch eval pope"
-        return [Check("images", "n/a", note=note)]
 
     def neutral_is_dense(self) -> Check:
         name = "neutral options equal dense"

@@ -11,7 +11,7 @@ from hfpatch.evals import mme_table, tinyshapes
 from hfpatch.evals.base import Sample
 from hfpatch.evals.mme import MME, read_subtask
 from hfpatch.evals.mme_scores import SUBTASKS, official_scores, said
-from hfpatch.evals.scene_vqa import SceneVQA, plain, scene_questions
+from hfpatch.evals.scene_vqa import SceneVQA, scene_questions
 from hfpatch.load import load
 
 
@@ -158,7 +158,9 @@ def test_every_thing_is_asked_about():
 
 @pytest.mark.parametrize(("text", "want"), [("Red.", "red"), (" the Top,  left ", "top left"), ("an apple", "apple")])
 def test_answers_are_compared_without_dress(text, want):
-    assert plain(text) == want
+    sample = Sample(0, {}, 0, [], gold=want)
+    assert SceneVQA().score(sample, text) == {"accuracy": 1.0}
+    assert SceneVQA().score(sample, f"{text} or blue") == {"accuracy": 0.0}
 
 
 def test_own_questions(tmp_path, loaded):

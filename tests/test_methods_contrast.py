@@ -602,3 +602,13 @@ def test_carve_and_vcd_together(model, carved):
     cut = cut_by_hand(given["pixel_values"], carved[0])
     with hfpatch.patch(model, "vcd", noise=900):
         assert torch.equal(got, model.generate(**{**given, "pixel_values": cut}, **GREEDY))
+
+
+def test_maps_are_of_the_language_model_where_the_tower_is_patched_too(model, carved):
+    given = inputs()
+    masks = []
+    for others in ([], ["na2d:kernel=3,dilation=1,keep_full=0"]):
+        with hfpatch.patch(model, ["carve:max_new_tokens=3,at=[0,1]", *others]):
+            logits(model, given)
+        masks.append(torch.stack(carved[-1]["masks"]))
+    assert torch.equal(*masks)

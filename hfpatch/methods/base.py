@@ -60,13 +60,13 @@ class Request:
 
     Attributes:
         kwargs: what the model's forward was called with.
-        call: runs the model with other keyword arguments, all patches off. A function before them sees every layer's
-            number and its attention output before the output projection, [B, n, Hq, D].
+        call: runs the model with other keyword arguments, all patches off. A function before them is given the
+            attention call of every decoder layer, and its output before the projection, [B, n, Hq, D].
         store: `SequenceState.store` of the sequences that start here.
         image_mask: bool [B, n], True at image tokens; None where the model has none, or was not given token ids.
         image_marks: ids of tokens that stand around images and mean nothing without them.
         write: `write(steps, watch, **kwargs)` continues prompts greedily, all patches off: int64 [B, steps taken], -1
-            behind the token that ends an answer. `watch(call)` sees the attention of every layer in every step.
+            behind the token that ends an answer. `watch(call, out)` is given the same in every step.
         fall_back: is told why the method leaves this prompt as it is; an error under strict.
         looks: what `when_embedded` was given.
         streams: what `beside` was given.

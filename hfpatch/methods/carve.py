@@ -133,7 +133,7 @@ class Carve(Method):
         """Attention on the image while the model answers, and its answers, -1 behind their ends."""
         slots, maps = prompt.image_slots(), []
 
-        def watch(call: AttentionCall) -> None:
+        def watch(call: AttentionCall, out: Tensor) -> None:
             # a layer that slides a window has forgotten where tokens were
             if call.layer_idx in self.layers(call.num_layers) and call.sliding_window is None:
                 row = last_rows_probs(call, 1)[:, :, 0].mean(1)

@@ -87,8 +87,8 @@ class VHR(Method):
         if self.alpha != 1 and (inputs := request.text_only()) is not None:
             found: dict[int, Tensor] = {}
 
-            def see(layer: int, out: Tensor) -> None:
-                found[layer] = out[:, -1].float()
+            def see(call: AttentionCall, out: Tensor) -> None:
+                found[call.layer_idx] = out[:, -1].float()
 
             with torch.no_grad():
                 request.call(see, **inputs | {"use_cache": False})
