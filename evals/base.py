@@ -10,8 +10,8 @@ from typing import Any, ClassVar, TypeVar
 
 from hfpatch.errors import ConfigError
 from hfpatch.evals import generation
+from hfpatch.notation import parse_size
 from hfpatch.options import Options, option
-from hfpatch.recipe import parse_size
 from hfpatch.registry import Registry
 
 __all__ = [

@@ -28,7 +28,7 @@ class Bench(Options):
     name: ClassVar[str] = "bench"
 
     lengths: tuple[int, ...] | int | str = option((1024, 4096), "Prompt tokens.")
-    decode_tokens: int = option(32, "Decode steps in one repeat.", ge=1)
+    decode_tokens: int = option(32, "Decode steps in one repeat; 0: prefill alone.", ge=0)
     repeats: int = option(10, "Timed repeats.", ge=1)
     warmup: int = option(3, "Repeats before them; the very first one is reported as first_call.", ge=0)
     batch: int = option(1, "Sequences in the batch, all alike.", ge=1)
@@ -40,8 +40,8 @@ class Bench(Options):
 
     def parts(self) -> list[tuple[str, int]]:
         """(what, length) in the order in which they are measured."""
-        whats = ("prefill", "decode", "memory") if self.memory else ("prefill", "decode")
-        return [(what, length) for length in self.lengths for what in whats]
+        asked = {"prefill": True, "decode": self.decode_tokens > 0, "memory": self.memory}
+        return [(what, length) for length in self.lengths for what in asked if asked[what]]
 
     def turns(self, what: str) -> int:
         """How often each arm is measured in a part."""

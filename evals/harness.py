@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from hfpatch.errors import HFPatchError, UnsupportedError
 from hfpatch.load import fetch
+from hfpatch.notation import parse_selector
 from hfpatch.patch import PatchHandle, is_patched
 from hfpatch.patch import patch as put_on
-from hfpatch.recipe import parse_selector
 
 try:
     from lm_eval.api.registry import register_model

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from hfpatch.errors import ConfigError
 from hfpatch.evals import filler, haystack, prompts, scoring
 from hfpatch.evals.base import Cell, Sample, Task, depths_of, option, register_task, token_counts
 
@@ -38,6 +39,10 @@ class Niah(Task):
     Scores: `contains`, the value stands in the answer (case, spaces, punctuation, digit grouping folded; for `city` its
     key words); `exact`, the answer's first line is nothing else. Control samples hold no needle: what `contains` gives
     there is the false-positive rate.
+
+    A prompt ends before the space in front of the number, so that the first digit comes from a decode step, and methods
+    that decode densely copy it whatever their prefill dropped. With `value_next` the prompt ends behind that space: the
+    prefill itself must find the first digit, and `exact` is the score to look at.
     """
 
     name: ClassVar[str] = "niah"
@@ -51,6 +56,9 @@ class Niah(Task):
     )
     samples: int = option(1, "Samples in each cell.", ge=1)
     variant: str = option("number", "Which needle.", choices=("number", "city"))
+    value_next: bool = option(
+        False, "End the prompt right before the number's first digit, which prefill must then find."
+    )
     haystack: str = option("builtin", "builtin, essays, or the path of a text file.")
     control: bool = option(True, "Also as many samples per length without a needle.")
     chat_template: str | bool = option("auto", "auto: if the tokenizer has one.", choices=prompts.CHAT_TEMPLATE)
@@ -62,6 +70,8 @@ class Niah(Task):
         self.put("lengths", token_counts("niah: lengths", self.lengths))
         self.put("depths", depths_of("niah: depths", self.depths))
         self.put("chat_template", prompts.template_mode(self.chat_template))
+        if self.value_next and self.variant != "number":
+            raise ConfigError("niah: value_next is for variant=number; answers of other needles have no fixed start.")
         haystack.prepare(self.haystack)
 
     def cells(self) -> list[Cell]:
@@ -71,6 +81,8 @@ class Niah(Task):
     def _setting(self) -> dict[str, str]:
         """What tells this table from another one of the same run; only what is not the default."""
         setting = {"variant": self.variant} if self.variant != "number" else {}
+        if self.value_next:
+            setting["ends"] = "before the value"
         return setting | ({"haystack": Path(self.haystack).name} if self.haystack != "builtin" else {})
 
     def count(self, cell: Cell) -> int:
@@ -95,7 +107,7 @@ class Niah(Task):
                 tokenizer,
                 f"{needle.before}{context}\n{needle.question}",
                 system=self.system or needle.system,
-                prefix=needle.prefix,
+                prefix=needle.prefix + " " * self.value_next,
                 mode=self.chat_template,
             )
 

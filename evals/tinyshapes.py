@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hfpatch.evals.rows import read_rows
-from hfpatch.load import packaged_dir
+from hfpatch.packaged import packaged_dir
 
 Image = NDArray[np.uint8]
 Floats = NDArray[np.float32]

@@ -287,7 +287,7 @@ def _in_subprocess(what: str) -> Any:
 def _facts() -> dict[str, Any]:
     import torch
 
-    from hfpatch.load import PACKAGED, packaged_dir
+    from hfpatch.packaged import PACKAGED, packaged_dir
 
     gpus = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):

@@ -1,7 +1,6 @@
-"""One run as data: YAML, TOML or JSON <-> frozen dataclasses. No torch here, and no code runs from a recipe.
+"""One run as data: a recipe, from YAML, TOML, JSON or a mapping. No torch here, and no code runs from a recipe.
 
-Numbers may be written `4k` (k = 1024) and `25%` (0.25). In YAML quotes keep text as text; TOML, JSON and dicts have no
-unquoted text, so there strings of that form are numbers wherever a number may stand.
+How numbers and text are written is in `notation`, how data become dataclasses in `typed`.
 """
 
 from __future__ import annotations
@@ -10,52 +9,40 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
-import sys
 import tempfile
-import tomllib
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
-
-import yaml
+from typing import Any, Literal
 
 from hfpatch.errors import ConfigError, UnknownNameError
+from hfpatch.notation import (
+    Keys,
+    dotted,
+    dump_yaml,
+    flow,
+    leaves,
+    parse_selector,
+    parse_value,
+    paths,
+    read_json,
+    read_toml,
+    read_yaml,
+    split_at_commas,
+    with_sizes,
+)
+from hfpatch.typed import Source, build, did_you_mean, kind_of, plain
 
 VERSION = 1
 ENVIRONMENT = {"HFPATCH_KERNEL": ("runtime", "kernel"), "HFPATCH_STRICT": ("runtime", "strict")}
 """Environment variables that come between our defaults and the recipe."""
 
-_SIZE = re.compile(r"\d+(?:\.\d+)?[kKM]|\d+(?:\.\d+)?%")
 _SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SELECTORS = ("layers", "heads", "phase")
-# where a size may stand in formats without unquoted text
-_SIZED = ("patches", "evals", "bench")
 _UNSWEPT = ("version", "name", "output", "expect", "matrix")
-
-Keys = tuple[str | int, ...]
-T = TypeVar("T")
-
-
-def parse_size(text: str) -> int | float:
-    """`4k` -> 4096, `1M` -> 1048576, `25%` -> 0.25, plain numbers as they are. Raises ConfigError for anything else."""
-    value = parse_value(text)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"{text!r} is not a number. Write for instance 4096, 4k, 0.25 or 25%.")
-    return value
-
-
-def _size(text: str) -> int | float:
-    if text.endswith("%"):
-        return float(text[:-1]) / 100
-    tokens = float(text[:-1]) * (1024 if text[-1] in "kK" else 1024**2)
-    return int(tokens) if tokens.is_integer() else tokens
 
 
 # The parts of a recipe -----------------------------------------------------------------------------------------------
@@ -81,7 +68,7 @@ class PatchSpec:
         if not _SLUG.fullmatch(use) or (colon and not rest.strip()):
             raise ConfigError(f"patch {text!r} is not of the form NAME or NAME:key=value,key=value.")
         options: dict[str, Any] = {}
-        for part in _split(rest) if rest else []:
+        for part in split_at_commas(rest) if rest else []:
             key, equals, value = (piece.strip() for piece in part.partition("="))
             if not key.isidentifier() or not equals:
                 raise ConfigError(
@@ -93,11 +80,11 @@ class PatchSpec:
             # `2:` and `0-3,8` are text to us and a mapping or an error to YAML
             options[key] = parse_selector(value) if key == "layers" else parse_value(value)
         chosen = {key: options.pop(key) for key in _SELECTORS if key in options}
-        return _build(cls, {"use": use, "params": options, **chosen}, _Source(f"patch {text!r}"), ())
+        return build(cls, {"use": use, "params": options, **chosen}, Source(f"patch {text!r}"), ())
 
     def __str__(self) -> str:
         chosen = {key: value for key in _SELECTORS if (value := getattr(self, key)) is not None}
-        options = ",".join(f"{key}={_flow(value)}" for key, value in {**self.params, **chosen}.items())
+        options = ",".join(f"{key}={flow(value)}" for key, value in {**self.params, **chosen}.items())
         return f"{self.use}:{options}" if options else self.use
 
 
@@ -212,23 +199,23 @@ class Recipe:
                 if value not in self.matrix.get(path, []):
                     raise ConfigError(
                         f"expect.{n}.at.{path}: no point of the sweep has {value!r} there. matrix has: "
-                        f"{', '.join(f'{key}: {_flow(values)}' for key, values in self.matrix.items()) or 'nothing'}."
+                        f"{', '.join(f'{key}: {flow(values)}' for key, values in self.matrix.items()) or 'nothing'}."
                     )
 
     def to_dict(self) -> dict[str, Any]:
         """Every key with its value, made of dicts, lists and scalars."""
-        return typing.cast("dict[str, Any]", _plain(self))
+        return typing.cast("dict[str, Any]", plain(self))
 
     def leaves(self) -> dict[str, Any]:
         """`{dotted path: scalar or empty container}`."""
-        return {_dotted(keys): value for keys, value in _leaves(self.to_dict())}
+        return {dotted(keys): value for keys, value in leaves(self.to_dict())}
 
     def points(self) -> list[Point]:
         """The runs of a sweep: every combination of `matrix`, the last key varying fastest.
 
         Raises ConfigError for a path that does not exist, a value that it does not take, and for equal points.
         """
-        return _points(self, _Source("recipe"))
+        return _points(self, Source("recipe"))
 
     def hash(self) -> str:
         """SHA-256 of what decides the results: all but `name` and `output`."""
@@ -300,7 +287,7 @@ class Point:
             return " + ".join(map(str, self.recipe.patches)) or "dense"
         if head == "patches" and len(rest) == 1:
             return str(self.recipe.patches[int(rest[0])])
-        return f"{name}={_flow(self.values[path])}"
+        return f"{name}={flow(self.values[path])}"
 
 
 def _short_names(paths: Sequence[str]) -> dict[str, str]:
@@ -314,7 +301,7 @@ def _short_names(paths: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _points(recipe: Recipe, origin: _Source) -> list[Point]:
+def _points(recipe: Recipe, origin: Source) -> list[Point]:
     points: list[Point] = []
     seen: dict[str, Point] = {}
     for number, values in enumerate(itertools.product(*recipe.matrix.values()), 1):
@@ -325,11 +312,11 @@ def _points(recipe: Recipe, origin: _Source) -> list[Point]:
             for want in data["expect"]
             if all(chosen[path] == value for path, value in want["at"].items())
         ]
-        here = _Source(f"{origin.labels.get(('matrix',), origin.name)}: matrix")
+        here = Source(f"{origin.labels.get(('matrix',), origin.name)}: matrix")
         for path, value in chosen.items():
             line = origin.labels.get(("matrix", path), origin.name)
-            _assign(data, here, path, _plain(value), f"{line}: matrix")
-        point = Point(number, chosen, _build(Recipe, data, here, ()))
+            _assign(data, here, path, plain(value), f"{line}: matrix")
+        point = Point(number, chosen, build(Recipe, data, here, ()))
         twin = seen.setdefault(point.recipe.hash(), point)
         if twin is not point:
             raise ConfigError(
@@ -369,11 +356,11 @@ def resolve(
     _check_version(data, origin)
     _check_matrix(data, origin)
     _read_head_files(data, origin)
-    recipe = _build(Recipe, data, origin, ())
+    recipe = build(Recipe, data, origin, ())
     if recipe.matrix:
         _points(recipe, origin)
     # as text, since a layer number may have been text in the file
-    labels = {_dotted(keys): label for keys, label in origin.labels.items()}
+    labels = {dotted(keys): label for keys, label in origin.labels.items()}
     return recipe, {path: labels.get(path, "default") for path in recipe.leaves()}
 
 
@@ -385,43 +372,13 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def parse_value(text: str) -> Any:
-    """One value in YAML's notation, sizes understood: `true`, `4k`, `[1, 3]`, `{a: 1}`, `text`."""
-    return _read_yaml(text, repr(text))[0]
-
-
-def parse_selector(text: str) -> Any:
-    """Layers as typed: a number, a list in brackets, else slice text like `2:`."""
-    return parse_value(text) if text[:1] in "['\"" or text.lstrip("-").isdecimal() else text
-
-
-def dump_yaml(data: Any) -> str:
-    """YAML that both this module and any YAML 1.1 reader understand the same way."""
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
-@dataclass
-class _Source:
-    """Where values came from, for messages and for `recipe show --resolved`."""
-
-    name: str
-    labels: dict[Keys, str] = field(default_factory=dict)
-    folder: Path | None = None
-
-    def fail(self, keys: Keys, message: str) -> NoReturn:
-        """Raise ConfigError naming file, line and dotted path."""
-        near = next((self.labels[keys[:n]] for n in range(len(keys), -1, -1) if keys[:n] in self.labels), self.name)
-        path = _dotted(keys)
-        raise ConfigError(f"{near}: {path}: {message}" if path else f"{near}: {message}")
-
-
-def _read(source: str | Path | Mapping[str, Any] | Recipe) -> tuple[dict[str, Any], _Source]:
+def _read(source: str | Path | Mapping[str, Any] | Recipe) -> tuple[dict[str, Any], Source]:
     if isinstance(source, Recipe):
         data = source.to_dict()
-        return data, _Source("recipe", dict.fromkeys(_paths(data), "recipe"))
+        return data, Source("recipe", dict.fromkeys(paths(data), "recipe"))
     if isinstance(source, Mapping):
-        data = _sized(_plain(dict(source)))
-        return data, _Source("recipe", dict.fromkeys(_paths(data), "given"))
+        data = with_sizes(plain(dict(source)))
+        return data, Source("recipe", dict.fromkeys(paths(data), "given"))
     if isinstance(source, str) and "\n" in source:
         text, name, folder, suffix = source, "recipe text", None, ".yaml"
     else:
@@ -432,16 +389,16 @@ def _read(source: str | Path | Mapping[str, Any] | Recipe) -> tuple[dict[str, An
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read recipe {name}: {error}.") from error
     if suffix == ".toml":
-        data, lines = _read_toml(text, name)
+        data, lines = read_toml(text, name)
     elif suffix == ".json":
-        data, lines = _read_json(text, name)
+        data, lines = read_json(text, name)
     else:
-        data, lines = _read_yaml(text, name)
+        data, lines = read_yaml(text, name)
     if not isinstance(data, dict):
-        raise ConfigError(f"{name}: a recipe is a mapping of keys to values, this is {_kind(data)}.")
+        raise ConfigError(f"{name}: a recipe is a mapping of keys to values, this is {kind_of(data)}.")
     if folder is not None and not _is_recipe_reference(source):
         data.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).stem).strip("-._") or "recipe")
-    return data, _Source(name, {keys: f"{name}:{line}" for keys, line in lines.items()}, folder)
+    return data, Source(name, {keys: f"{name}:{line}" for keys, line in lines.items()}, folder)
 
 
 def _is_recipe_reference(source: object) -> bool:
@@ -452,7 +409,7 @@ def _find(source: str) -> Path:
     if _is_recipe_reference(source):
         name, known = source.removeprefix("recipe:"), shipped_recipes()
         if name not in known:
-            raise UnknownNameError(f"unknown recipe {name!r}.{_did_you_mean(name, known)} Shipped: {', '.join(known)}.")
+            raise UnknownNameError(f"unknown recipe {name!r}.{did_you_mean(name, known)} Shipped: {', '.join(known)}.")
         return known[name]
     path = Path(source).expanduser()
     if path.suffix not in (".yaml", ".yml", ".toml", ".json"):
@@ -464,129 +421,7 @@ def _find(source: str) -> Path:
     return path
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core types plus sizes; no dates, no `no` = false, no 1:30 = 90, no aliases."""
-
-    yaml_implicit_resolvers = {}
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not allowed in recipes", mark)
-        return super().compose_node(parent, index)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes strings that either YAML 1.1 or `_Loader` would read as something else."""
-
-
-_NUMBER_START = list("-+.0123456789")
-for _tag, _pattern, _first in (
-    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("tag:yaml.org,2002:int", r"[-+]?(?:0|[1-9][0-9]*)", _NUMBER_START),
-    ("tag:yaml.org,2002:float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", _NUMBER_START),
-    ("!size", _SIZE.pattern, _NUMBER_START),
-):
-    for _cls in (_Loader, _Dumper):
-        _cls.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), _first)
-_Loader.add_constructor("!size", lambda loader, node: _size(node.value))
-
-
-def _read_yaml(text: str, name: str) -> tuple[Any, dict[Keys, int]]:
-    """(plain data, line of each key path)."""
-    lines: dict[Keys, int] = {}
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        return (None if node is None else _from_node(loader, node, (), lines)), lines
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{name}:{mark.line + 1}" if mark is not None else name
-        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}.") from error
-    except RecursionError as error:
-        raise ConfigError(f"{name}: nested too deeply.") from error
-    finally:
-        loader.dispose()
-
-
-def _from_node(loader: _Loader, node: yaml.Node, keys: Keys, lines: dict[Keys, int]) -> Any:
-    lines.setdefault(keys, node.start_mark.line + 1)
-    if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
-        return [_from_node(loader, item, (*keys, n), lines) for n, item in enumerate(node.value)]
-    if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
-        data: dict[Any, Any] = {}
-        for key_node, value_node in node.value:
-            key: Any = loader.construct_object(key_node) if isinstance(key_node, yaml.ScalarNode) else None
-            problem = "keys must be text or whole numbers" if not isinstance(key, (str, int)) else None
-            if key in data:
-                problem = f"key {key!r} is there twice"
-            if problem:
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            lines[*keys, key] = key_node.start_mark.line + 1
-            data[key] = _from_node(loader, value_node, (*keys, key), lines)
-        return data
-    value = loader.construct_object(node)
-    if not isinstance(value, (str, int, float, bool, type(None))):
-        raise yaml.constructor.ConstructorError(None, None, f"tag {node.tag} is not allowed", node.start_mark)
-    return value
-
-
-def _read_json(text: str, name: str) -> tuple[Any, dict[Keys, int]]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        data = dict(pairs)
-        if len(data) < len(pairs):
-            twice = next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))
-            raise ConfigError(f"{name}: key {twice!r} is there twice.")
-        return data
-
-    try:
-        data = json.loads(text, object_pairs_hook=unique)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"{name}:{getattr(error, 'lineno', 1)}: not valid JSON: {error}.") from error
-    # valid JSON is valid YAML once its tabs are spaces, and our YAML reader knows lines
-    return _sized(data), _read_yaml(text.replace("\t", " "), name)[1]
-
-
-def _read_toml(text: str, name: str) -> tuple[Any, dict[Keys, int]]:
-    try:
-        data = _sized(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{name}: not valid TOML: {error}.") from error
-    lines: dict[Keys, int] = {}
-    for keys in _paths(data):
-        # tomllib keeps no lines: the first line that sets or opens this key is near enough for a message
-        key = re.escape(str(keys[-1])) if keys else "$^"
-        found = re.search(rf"^\s*(?:\[.*\b{key}\]|.*\b{key}\"?\s*=)", text, re.MULTILINE)
-        if found:
-            lines[keys] = text.count("\n", 0, found.end()) + 1
-    return data, lines
-
-
-def _sized(data: Any) -> Any:
-    """Sizes written as text, in formats without unquoted text, as numbers where numbers may stand."""
-    if not isinstance(data, dict):
-        return data
-    sized = {key: _numbers(item) if str(key).partition(".")[0] in _SIZED else item for key, item in data.items()}
-    if "matrix" in sized:
-        sized["matrix"] = _sized(sized["matrix"])
-    if isinstance(sized.get("expect"), list):
-        sized["expect"] = [
-            {**want, "at": _sized(want["at"])} if isinstance(want, dict) and "at" in want else want
-            for want in sized["expect"]
-        ]
-    return sized
-
-
-def _numbers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    return _size(value) if isinstance(value, str) and _SIZE.fullmatch(value) else value
-
-
-def _check_version(data: dict[str, Any], origin: _Source) -> None:
+def _check_version(data: dict[str, Any], origin: Source) -> None:
     version = data.get("version")
     if version is None:
         origin.fail((), f"`version` is missing. Add the line `version: {VERSION}`.")
@@ -596,7 +431,7 @@ def _check_version(data: dict[str, Any], origin: _Source) -> None:
         origin.fail(("version",), f"this recipe has version {version}, this hfpatch reads {VERSION}: upgrade hfpatch.")
 
 
-def _check_matrix(data: dict[str, Any], origin: _Source) -> None:
+def _check_matrix(data: dict[str, Any], origin: Source) -> None:
     matrix = data.get("matrix")
     for path, values in matrix.items() if isinstance(matrix, dict) else ():
         if isinstance(values, dict):
@@ -628,7 +463,7 @@ def _head_files(data: dict[str, Any]) -> Iterator[tuple[Any, Keys]]:
                 yield patch, (*keys, n, "heads")
 
 
-def _read_head_files(data: dict[str, Any], origin: _Source) -> None:
+def _read_head_files(data: dict[str, Any], origin: Source) -> None:
     """A head file's content takes its place, so that a saved recipe needs no other file."""
     for place, keys in _head_files(data):
         name = place[keys[-1]]
@@ -640,15 +475,15 @@ def _read_head_files(data: dict[str, Any], origin: _Source) -> None:
                 keys, f"there is no head file {str(path)!r}. It holds {{layer: [query heads]}} as JSON or YAML."
             )
         try:
-            heads = _read_yaml(path.read_text(encoding="utf-8").replace("\t", " "), name)[0]
+            heads = read_yaml(path.read_text(encoding="utf-8").replace("\t", " "), name)[0]
         except (OSError, UnicodeDecodeError) as error:
             origin.fail(keys, f"cannot read head file {str(path)!r}: {error}.")
         label = origin.labels.get(keys, origin.name)
         place[keys[-1]] = heads
-        origin.labels.update({(*keys, *rest): f"{label} ({name})" for rest in _paths(heads)})
+        origin.labels.update({(*keys, *rest): f"{label} ({name})" for rest in paths(heads)})
 
 
-def _assign(data: dict[str, Any], origin: _Source, path: str, value: Any, label: str) -> None:
+def _assign(data: dict[str, Any], origin: Source, path: str, value: Any, label: str) -> None:
     """Put `value` at the dotted `path`; mappings on the way are created, list positions must exist."""
     keys: Keys = ()
     target: Any = data
@@ -665,7 +500,7 @@ def _assign(data: dict[str, Any], origin: _Source, path: str, value: Any, label:
                 f"{label} {path}: {'.'.join(parts[:n])} has {length} entries, there is no number {part!r}."
             )
         if not isinstance(target, (dict, list)):
-            raise ConfigError(f"{label} {path}: {'.'.join(parts[:n])} is {_kind(target)}, it has no {part!r} inside.")
+            raise ConfigError(f"{label} {path}: {'.'.join(parts[:n])} is {kind_of(target)}, it has no {part!r} inside.")
         keys = (*keys, key)
         inner: Any = target
         if n == len(parts) - 1:
@@ -674,168 +509,4 @@ def _assign(data: dict[str, Any], origin: _Source, path: str, value: Any, label:
             inner[key] = {}
         target = inner[key]
     origin.labels = {k: v for k, v in origin.labels.items() if k[: len(keys)] != keys}
-    origin.labels.update({(*keys, *rest): label for rest in _paths(value)})
-
-
-# Mapping -> dataclass ------------------------------------------------------------------------------------------------
-
-
-def _build(cls: type[T], data: Any, origin: _Source, keys: Keys) -> T:
-    if not isinstance(data, dict):
-        origin.fail(keys, f"takes keys and values, not {_kind(data)}.")
-    hints = typing.get_type_hints(cls)
-    for key in data:
-        if key not in hints:
-            origin.fail((*keys, key), f"unknown key.{_did_you_mean(str(key), hints)} Keys here: {', '.join(hints)}.")
-    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in data:
-            origin.fail(keys, f"{f.name!r} is missing.")
-    values = {key: _convert(hints[key], value, origin, (*keys, key)) for key, value in data.items()}
-    try:
-        return cls(**values)
-    except ConfigError as error:
-        origin.fail(keys, str(error))
-
-
-def _convert(hint: Any, value: Any, origin: _Source, keys: Keys) -> Any:
-    """`value` as the annotation `hint` wants it, or ConfigError."""
-    origin_type, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin_type is types.UnionType or origin_type is typing.Union:
-        for member in args:
-            if _fits(member, value):
-                return _convert(member, value, origin, keys)
-        origin.fail(keys, _wrong_type(value, args))
-    if not _fits(hint, value):
-        origin.fail(keys, _wrong_type(value, (hint,)))
-    if origin_type is Literal and value not in args:
-        origin.fail(keys, f"{value!r} is not one of: {', '.join(map(str, args))}.")
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast("type[Any]", hint), value, origin, keys)
-    if origin_type is tuple:
-        return tuple(_convert(args[0], item, origin, (*keys, n)) for n, item in enumerate(value))
-    if origin_type is list:
-        return [_convert(args[0], item, origin, (*keys, n)) for n, item in enumerate(value)]
-    if origin_type is dict:
-        # JSON has no whole numbers as keys
-        whole = args[0] is int
-        return {
-            _convert(args[0], int(k) if whole and str(k).isdecimal() else k, origin, (*keys, k)): _convert(
-                args[1], v, origin, (*keys, k)
-            )
-            for k, v in value.items()
-        }
-    if hint is float:
-        value = float(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        origin.fail(keys, "must be a finite number.")
-    if hint is Any and isinstance(value, (dict, list)):
-        _check_plain(value, origin, keys)
-    return value
-
-
-def _check_plain(value: Any, origin: _Source, keys: Keys) -> None:
-    for rest in _paths(value):
-        item = value
-        for key in rest:
-            item = item[typing.cast("Any", key)]
-        if not isinstance(item, (str, int, float, type(None), dict, list)):
-            origin.fail((*keys, *rest), f"{item!r} cannot be written to a file; use text, numbers, lists and mappings.")
-        if isinstance(item, float) and not math.isfinite(item):
-            origin.fail((*keys, *rest), "must be a finite number.")
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    """Whether `value` has the outer shape that `hint` asks for."""
-    kind = typing.get_origin(hint) or hint
-    if kind is Any:
-        return isinstance(value, (str, int, float, type(None), dict, list))
-    if kind is Literal:
-        return any(type(value) is type(choice) for choice in typing.get_args(hint))
-    if kind is types.NoneType or value is None:
-        return kind is types.NoneType and value is None
-    if dataclasses.is_dataclass(kind):
-        return isinstance(value, dict)
-    if kind in (tuple, list):
-        return isinstance(value, (list, tuple))
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def _wrong_type(value: Any, hints: tuple[Any, ...]) -> str:
-    quotes = " Put it in quotes." if str in hints and isinstance(value, (bool, int, float)) else ""
-    return f"{value!r} is {_kind(value)}; it takes {' or '.join(map(_hint_name, hints))}.{quotes}"
-
-
-_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "null"}
-
-
-def _hint_name(hint: Any) -> str:
-    kind = typing.get_origin(hint) or hint
-    if kind is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    if kind in (tuple, list):
-        return "a list"
-    return _NAMES.get(kind, "a mapping")
-
-
-def _kind(value: Any) -> str:
-    return "a list" if isinstance(value, (list, tuple)) else _NAMES.get(type(value), "a mapping")
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses and tuples as dicts and lists."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _paths(value: Any, keys: Keys = ()) -> Iterator[Keys]:
-    """The key path of every value inside, containers and `value` itself included."""
-    yield keys
-    if isinstance(value, (dict, list)):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _paths(item, (*keys, key))
-
-
-def _leaves(value: Any, keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:
-    """(key path, value) of scalars and of empty containers."""
-    if isinstance(value, (dict, list)) and value:
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _leaves(item, (*keys, key))
-    else:
-        yield keys, value
-
-
-def _dotted(keys: Keys) -> str:
-    return ".".join(map(str, keys))
-
-
-def _did_you_mean(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    near = get_close_matches(name, list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
-
-
-def _split(text: str) -> list[str]:
-    """`text` at the commas outside quotes and brackets."""
-    parts, depth, quote = [""], 0, ""
-    for char in text:
-        if quote:
-            quote = "" if char == quote else quote
-        elif char in "'\"":
-            quote = char
-        else:
-            depth += (char in "[{") - (char in "]}")
-        if char == "," and not quote and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return parts
-
-
-def _flow(value: Any) -> str:
-    """`value` on one line of YAML, quoted where a comma or bracket would end it."""
-    text = yaml.dump([value], Dumper=_Dumper, default_flow_style=True, width=sys.maxsize, allow_unicode=True)
-    return text.strip()[1:-1]
+    origin.labels.update({(*keys, *rest): label for rest in paths(value)})

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from hfpatch.load import PACKAGED, load, load_config, packaged_dir
+from hfpatch.load import load, load_config
+from hfpatch.packaged import PACKAGED, packaged_dir
 
 pytestmark = pytest.mark.checkpoint
 

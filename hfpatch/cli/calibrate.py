@@ -11,7 +11,7 @@ import typer
 from hfpatch.cli.console import Terminal, table
 from hfpatch.cli.options import ModelOptions, PatchOptions, build_recipe, command, source
 from hfpatch.errors import ConfigError, DataMissingError
-from hfpatch.recipe import parse_selector, parse_value
+from hfpatch.notation import parse_selector, parse_value
 
 # More than any tokenizer's average.
 _CHARACTERS = 6
@@ -102,7 +102,8 @@ def add_to(app: typer.Typer) -> None:
             raise
         header, _ = read_calibrated(str(out), "--out", cls.format())
         use = cls.use.format(file=out)
-        example = shlex.join(["hfpatch", "apply", model, "-p", use, "--prompt-file", "prompt.txt"])
+        pictured = ["--image", "picture.png"] if "image tokens" in method.card.needs else []
+        example = shlex.join(["hfpatch", "apply", model, "-p", use, "--prompt-file", "prompt.txt", *pictured])
         made = table("card", "")
         for key, value in header.card.items():
             made.add_row(key, _text(value))

@@ -11,7 +11,7 @@ import typer
 from hfpatch.cli.console import Terminal, table
 from hfpatch.cli.options import ModelOptions, PatchOptions, build_recipe, check_patches, command, source
 from hfpatch.errors import ConfigError, DataMissingError
-from hfpatch.recipe import parse_selector, parse_value
+from hfpatch.notation import parse_selector, parse_value
 
 _BUILTIN_TOKENS = 1024
 _COLUMNS = {

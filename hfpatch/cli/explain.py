@@ -19,7 +19,7 @@ from hfpatch.cli.options import (
     source,
 )
 from hfpatch.errors import ConfigError
-from hfpatch.recipe import parse_size
+from hfpatch.notation import parse_size
 
 MODEL_HELP = "Hub id, folder, .gguf file, packaged:NAME, or a recipe."
 

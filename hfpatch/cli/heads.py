@@ -10,7 +10,7 @@ import typer
 from hfpatch.cli.console import Terminal, table
 from hfpatch.cli.options import ModelOptions, PatchOptions, build_recipe, command, source
 from hfpatch.errors import ConfigError
-from hfpatch.recipe import parse_value
+from hfpatch.notation import parse_value
 
 _MODEL = typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file or packaged:NAME.")
 _SET = typer.Option("--set", metavar="KEY=VALUE", help="Any option by name, see docs/heads.md.")

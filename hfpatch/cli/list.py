@@ -82,7 +82,7 @@ def _patchers(family: str | None, supports: str | None, offline: bool) -> list[d
 
 
 def _models() -> list[dict[str, Any]]:
-    from hfpatch.load import PACKAGED, packaged_dir
+    from hfpatch.packaged import PACKAGED, packaged_dir
 
     return [
         {

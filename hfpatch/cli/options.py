@@ -16,7 +16,8 @@ import typer
 
 from hfpatch.cli.console import Terminal
 from hfpatch.errors import ConfigError, UnknownNameError
-from hfpatch.recipe import PatchSpec, Recipe, parse_selector, parse_value, resolve
+from hfpatch.notation import parse_selector, parse_value
+from hfpatch.recipe import PatchSpec, Recipe, resolve
 
 _GLOBAL, _MODEL, _PATCH, _RUN = "Global options", "Model options", "Patch options", "Run options"
 

@@ -11,7 +11,7 @@ import typer
 from hfpatch.cli.console import Terminal, table
 from hfpatch.cli.options import PatchOptions, build_recipe, check_patches, command, patch_specs
 from hfpatch.errors import ConfigError
-from hfpatch.recipe import dump_yaml
+from hfpatch.notation import dump_yaml
 
 _RECIPE = typer.Argument(metavar="FILE", help="A recipe file, or recipe:NAME.")
 

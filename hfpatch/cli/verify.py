@@ -9,7 +9,7 @@ import typer
 from hfpatch.cli.console import Terminal
 from hfpatch.cli.options import ModelOptions, PatchOptions, build_recipe, check_patches, command, is_recipe, source
 from hfpatch.errors import ConfigError
-from hfpatch.recipe import parse_size
+from hfpatch.notation import parse_size
 
 
 def add_to(app: typer.Typer) -> None:

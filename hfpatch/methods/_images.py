@@ -107,6 +107,17 @@ def check_layers(name: str, option: str, layers: Sequence[int], given: Mapping[s
 # Attention -----------------------------------------------------------------------------------------------------------
 
 
+def attention_from_text(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Attention of the text behind the last image token: fp32 [B, H, rows, kv_len], and bool [B, rows], True at text.
+
+    Rows begin at the first text token of any prompt; those that are not text are zero.
+    """
+    text = text_of(call)
+    rows = call.kv_len - int(text.int().argmax(-1).min())
+    own = text[:, -rows:]
+    return last_rows_probs(call, rows) * own[:, None, :, None], own
+
+
 def last_token_attention(call: AttentionCall) -> Tensor:
     """Attention of the last real prompt token, averaged over the heads: fp32 [B, kv_len]."""
     padding = padding_mask(call)

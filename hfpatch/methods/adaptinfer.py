@@ -9,20 +9,21 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from hfpatch.calibrated import ModelSizes
+from hfpatch.calibrated import Header, ModelSizes, read_calibrated
 from hfpatch.call import AttentionCall
 from hfpatch.errors import ConfigError
 from hfpatch.methods._images import (
+    attention_from_text,
     check_layers,
     check_reach,
     count_to_drop,
     counts_for,
     drop_worst,
     original_images,
-    text_of,
 )
 from hfpatch.methods.base import Card, Method, option, register_patcher
-from hfpatch.statistics import last_rows_probs
+
+FORMAT = "hfpatch-adaptinfer-inflections"
 
 # (decoder layers, image tokens) -> average -> counts, as published
 _PUBLISHED: dict[tuple[int, int], dict[int, tuple[int, ...]]] = {
@@ -72,6 +73,7 @@ class AdaptInfer(Method):
     after: tuple[int, ...] | None = option(
         None, "layers after which tokens are dropped; default [1, 10, 20], scaled to the model's depth"
     )
+    inflections: str | None = option(None, "JSON file of hfpatch calibrate that names these layers, instead of after")
     counts: tuple[int, ...] | None = option(None, "image tokens left after each of these layers, instead of keep")
     ratios: tuple[float, ...] | None = option(None, "shares of those that are there, instead of keep")
     decay: float = option(0.25, "with keep: each layer leaves this share of what the one before left", gt=0, le=1)
@@ -88,6 +90,14 @@ class AdaptInfer(Method):
         given = [name for name in ("keep", "budget", "counts", "ratios") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(f"adaptinfer: {' and '.join(given)} both say how many tokens stay. Give one of them.")
+        if self.inflections is not None:
+            others = [name for name in ("after", "counts", "ratios") if getattr(self, name) is not None]
+            if others:
+                raise ConfigError(
+                    f"adaptinfer: inflections is a file that names the layers, and {others[0]} is given too. With the "
+                    "file give keep or budget."
+                )
+            _read_layers(self.inflections)
         if (self.counts is None) != (self.after is None) and self.ratios is None and self.counts is not None:
             raise ConfigError("adaptinfer: counts need after, for instance after=[1, 10, 20] counts=[133, 27, 3].")
         if self.ratios is not None and self.after is None:
@@ -102,15 +112,24 @@ class AdaptInfer(Method):
         return cls(keep=1.0)
 
     def fits(self, sizes: ModelSizes) -> None:
-        if self.after is not None:
-            check_reach(self.name, self.after, self.keep, sizes.num_layers)
+        if self.inflections is not None:
+            header, _ = _read_layers(self.inflections)
+            header.check_fits(f"adaptinfer: inflections={self.inflections!r}", sizes, "num_layers")
+        if self.after is not None or self.inflections is not None:
+            check_reach(self.name, self._layers(sizes.num_layers), self.keep, sizes.num_layers)
 
     def prune_layers(self, num_layers: int) -> frozenset[int]:
-        return frozenset(self.after if self.after is not None else _default_layers(num_layers))
+        return frozenset(self._layers(num_layers))
+
+    def _layers(self, num_layers: int) -> tuple[int, ...]:
+        """The layers after which tokens are dropped."""
+        if self.inflections is not None:
+            return _read_layers(self.inflections)[1]
+        return self.after if self.after is not None else _default_layers(num_layers)
 
     def stages(self, num_layers: int, images: int) -> Mapping[int, int]:
         average = self._share(images) * images
-        layers = self.after if self.after is not None else _default_layers(num_layers)
+        layers = self._layers(num_layers)
         if self.counts is not None:
             counts = [min(count, images) for count in self.counts]
         elif self.ratios is not None:
@@ -140,13 +159,8 @@ class AdaptInfer(Method):
 
     def scores(self, call: AttentionCall) -> Tensor:
         """How much the text looks at each key, by the importance of the text: fp32 [B, kv_len]."""
-        text = text_of(call)
-        # the rows from the first text token of any prompt on
-        rows = call.kv_len - int(text.int().argmax(-1).min())
-        probs = last_rows_probs(call, rows)
-        own = text[:, -rows:]
-        probs = probs * own[:, None, :, None]
-        among = probs[..., -rows:] * own[:, None, None, :]
+        probs, own = attention_from_text(call)
+        among = probs[..., -own.shape[1] :] * own[:, None, None, :]
         weights = self.importance(among, own)
         scores = (weights[..., None] * probs).sum(2)
         if self.head_norm:
@@ -163,6 +177,18 @@ class AdaptInfer(Method):
             mean = both.sum((1, 2, 3)) / (pairs.sum((1, 2, 3)) * both.shape[1])
             both = ((1 - self.prior) * mean[:, None, None, None] + self.prior * both) * pairs
         return both.sum(2)
+
+
+def _read_layers(path: str) -> tuple[Header, tuple[int, ...]]:
+    """The header and the layers of a file."""
+    header, content = read_calibrated(path, "inflections", FORMAT)
+    after = content.get("after")
+    if not isinstance(after, list) or not all(isinstance(layer, int) for layer in after):
+        raise ConfigError(
+            f"adaptinfer: inflections={path!r} has no list of layers. Make it again with hfpatch calibrate."
+        )
+    check_layers("adaptinfer", "inflections", after, {})
+    return header, tuple(after)
 
 
 def _default_layers(num_layers: int) -> tuple[int, ...]:

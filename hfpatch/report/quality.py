@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hfpatch.errors import ConfigError
-from hfpatch.recipe import parse_value
+from hfpatch.notation import parse_value
 from hfpatch.report.run import sample_key
 from hfpatch.report.stats import (
     INDICATIVE,

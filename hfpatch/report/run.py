@@ -23,7 +23,7 @@ import numpy as np
 import yaml
 
 from hfpatch.errors import ConfigError, DataMissingError, HFPatchWarning
-from hfpatch.recipe import dump_yaml
+from hfpatch.notation import dump_yaml
 
 SCHEMA = 1
 
