@@ -27,13 +27,13 @@ class Pictures:
     def open(self, name: str) -> Any:
         """A picture as PIL takes it. Raises DataMissingError if it cannot be read, UnsupportedError without pillow."""
         if self.folder is None:
-            return _pillow().fromarray(_tinyshapes()[int(name)])
+            return pillow().fromarray(_tinyshapes()[int(name)])
         return open_picture(self.folder / name)
 
 
 def open_picture(path: Path) -> Any:
     """A picture file as RGB. Raises DataMissingError if it cannot be read, UnsupportedError without pillow."""
-    image = _pillow()
+    image = pillow()
     try:
         return image.open(path).convert("RGB")
     except image.DecompressionBombError as error:
@@ -52,7 +52,8 @@ def check_takes_pictures(processor: Any, who: str) -> None:
         )
 
 
-def _pillow() -> Any:
+def pillow() -> Any:
+    """The module PIL.Image. Raises UnsupportedError without it."""
     try:
         from PIL import Image
     except ImportError as error:

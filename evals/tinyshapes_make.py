@@ -10,45 +10,27 @@ language model learns nothing from the image. Then the language model, on conver
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, normalizers
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from hfpatch.evals import pope_questions, tinyshapes
+from hfpatch.evals import llava_make, pope_questions, tinyshapes
+from hfpatch.evals.llava_make import Say, descend, write_rows
 from hfpatch.evals.tinyshapes import GRID, IDS, IMAGE_TOKENS, SIDE, VOCABULARY, Scene
 
 WIDTH = 128
 _TURNS = 6
 _HARD = 0.2
-_CHAT = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ ' USER:' if message['role'] == 'user' else ' ASSISTANT:' }}"
-    "{% if message['content'] is string %} {{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{{ ' <image>' if part['type'] == 'image' else ' ' + part['text'] }}{% endfor %}{% endif %}"
-    "{{ '' if message['role'] == 'user' else ' ' + eos_token }}"
-    "{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
-)
-Say = Callable[[str], None]
 
 
 def config() -> Any:
@@ -114,7 +96,7 @@ def _train_tower(model: Any, rng: np.random.Generator, steps: int, tell: Callabl
     words = model.get_input_embeddings().weight
     parts = (model.model.vision_tower, model.model.multi_modal_projector)
     parameters = [p for part in parts for p in part.parameters()] + [words]
-    for step, loss in _descend(parameters, steps, rate=2e-3, warm_up=50, clip=None):
+    for step, loss in descend(parameters, steps, rate=2e-3, warm_up=50, clip=None):
         scenes, images = _draw(rng, 64)
         features = _features(model, images)
         loss.append(-(_patch_words(scenes) * log_softmax(4 * features @ words.mT, -1)).sum(-1).mean())
@@ -124,9 +106,9 @@ def _train_tower(model: Any, rng: np.random.Generator, steps: int, tell: Callabl
 
 def _train_language(model: Any, rng: np.random.Generator, steps: int, tell: Callable[[int, float], None]) -> None:
     parts = (model.model.language_model, model.lm_head)
-    parameters = list({id(p): p for part in parts for p in part.parameters()}.values())
+    parameters = llava_make.parameters_of(*parts)
     image = IDS["<image>"]
-    for step, loss in _descend(parameters, steps, rate=1.5e-3, warm_up=100, clip=1.0):
+    for step, loss in descend(parameters, steps, rate=1.5e-3, warm_up=100, clip=1.0):
         scenes, images = _draw(rng, 32)
         with torch.no_grad():
             features = _features(model, images)
@@ -137,23 +119,6 @@ def _train_language(model: Any, rng: np.random.Generator, steps: int, tell: Call
         loss.append(cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100))
         if step % 100 == 99:
             tell(step + 1, loss[0].item())
-
-
-def _descend(
-    parameters: list[Tensor], steps: int, *, rate: float, warm_up: int, clip: float | None
-) -> Iterator[tuple[int, list[Tensor]]]:
-    """AdamW with warm-up and cosine decay: whoever iterates puts the loss of a step into the list."""
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
-    for step in range(steps):
-        decay = 0.5 * (1 + math.cos(math.pi * max(step - warm_up, 0) / max(steps - warm_up, 1)))
-        optimizer.param_groups[0]["lr"] = rate * min((step + 1) / warm_up, decay)
-        loss: list[Tensor] = []
-        yield step, loss
-        optimizer.zero_grad()
-        loss[0].backward()  # type: ignore[no-untyped-call]
-        if clip is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, clip)
-        optimizer.step()
 
 
 def _draw(rng: np.random.Generator, count: int) -> tuple[list[Scene], Tensor]:
@@ -184,22 +149,17 @@ def _patch_words(scenes: list[Scene]) -> Tensor:
 
 def _conversations(scenes: list[Scene], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """(ids, labels) [n, longest]: several turns on each scene; only answers are learnt."""
-    rows, labels = [], []
+    conversations = []
     for scene in scenes:
-        ids: list[int] = []
-        learnt: list[int] = []
+        turns = []
         for turn in range(_TURNS):
             question, answer = tinyshapes.draw_turn(scene, rng)
             asked = tinyshapes.prompt_ids(question)
             if turn:
                 asked = [IDS["USER:"], *tinyshapes.words(question), IDS["ASSISTANT:"]]
-            said = [*tinyshapes.words(answer), IDS["</s>"]]
-            ids += asked + said
-            learnt += [-100] * len(asked) + said
-        rows.append(torch.tensor(ids))
-        labels.append(torch.tensor(learnt))
-    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IDS["<pad>"])
-    return padded, torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+            turns.append((asked, [*tinyshapes.words(answer), IDS["</s>"]]))
+        conversations.append(turns)
+    return llava_make.padded_turns(conversations, IDS["<pad>"])
 
 
 @torch.no_grad()
@@ -227,30 +187,11 @@ def processor() -> Any:
 
     Words are split at spaces and around "?" and ".", whatever their case; "an" is read as "a".
     """
-    made = Tokenizer(models.WordLevel(IDS, unk_token="<unk>"))
-    made.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"\ban\b"), "a")])
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    # otherwise lower-cased and cut at the colon
-    made.add_tokens([AddedToken(word, normalized=False) for word in ("USER:", "ASSISTANT:")])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
-    )
+    plain = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"\ban\b"), "a")])
     half = [0.5, 0.5, 0.5]
-    pictures = CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_mean=half, image_std=half
+    return llava_make.llava_processor(
+        llava_make.word_tokenizer(IDS, normalizer=plain), SIDE, 8, half, half, llava_make.CHAT
     )
-    return LlavaProcessor(
-        pictures, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        chat_template=_CHAT,
-    )  # fmt: skip
 
 
 # Test set -------------------------------------------------------------------------------------------------------------
@@ -278,14 +219,10 @@ def make_test_set(folder: Path, count: int = 150, seed: int = 0) -> None:
         }
         for number, (scene, split) in enumerate(zip(scenes, splits, strict=True))
     ]
-    _write(folder / "scenes.jsonl", rows)
+    write_rows(folder / "scenes.jsonl", rows)
     for kind in pope_questions.KINDS:
         rows = pope_questions.build(shapes, kind, seed=seed, at_least=1, seen=seen, ask=tinyshapes.existence)
-        _write(folder / f"pope_{kind}.jsonl", [row | {"split": splits[row["image"]]} for row in rows])
-
-
-def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_rows(folder / f"pope_{kind}.jsonl", [row | {"split": splits[row["image"]]} for row in rows])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
