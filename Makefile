@@ -18,7 +18,8 @@ test: setup
 
 # also what takes long and what needs a real checkpoint or a GPU; each skips with its reason where it cannot run
 test-all: setup
-	$(BIN)/python -m pytest -q -m "gpu or slow or checkpoint"
+	$(BIN)/python -m pytest -q -m "slow" -n auto
+	$(BIN)/python -m pytest -q -m "gpu or checkpoint"
 
 # the oldest transformers that is supported, laid over the environment
 test-floor: setup .floor/.done

@@ -29,12 +29,21 @@ def needs_images(name):
     return not {"image tokens", "vision tower"}.isdisjoint(METHODS.get(name).card.needs)
 
 
-CASES = [(name, n, family) for name, n in SETTINGS for family in (tiny.VLM_NAMES if needs_images(name) else FAMILIES)]
-# How a family's cache and a method meet shows in one example; others are seen where caches and masks differ most.
+# where caches and masks differ most; the other families see further examples of a method among the slow tests
+MAIN = ("llama", "gemma3", "gpt_oss", "llava")
+TRIPLES = [(name, n, family) for name, n in SETTINGS for family in (tiny.VLM_NAMES if needs_images(name) else FAMILIES)]
+
+
+def case(*values, slow):
+    return pytest.param(*values, marks=[pytest.mark.slow] if slow else [])
+
+
+CASES = [case(name, n, family, slow=n > 0 and family not in MAIN) for name, n, family in TRIPLES]
+# how a family's cache and a method meet in these ways shows in one example
 WAYS = [
-    (way, name, n, family)
+    case(way, name, n, family, slow=family not in MAIN and (n > 0 or way != "greedy"))
     for way in ("greedy", "beam", "sampling", "static", "lookup")
-    for name, n, family in CASES
+    for name, n, family in TRIPLES
     if way == "greedy" or n == 0 or family in ("llama", "gemma3", "llava")
 ]
 
@@ -113,7 +122,7 @@ def split(inputs, sizes):
     return pieces
 
 
-@pytest.mark.parametrize(("name", "family"), [(name, family) for name, n, family in CASES if n == 0])
+@pytest.mark.parametrize(("name", "family"), [(name, family) for name, n, family in TRIPLES if n == 0])
 def test_neutral_is_dense(name, family):
     inputs = inputs_of(family, batch=2, padding=[3, 0])
     model = model_of(family)
