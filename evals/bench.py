@@ -103,7 +103,7 @@ class Bencher:
         for arm in self.names:
             with arms.running(self.handle, arm):
                 memory.measure(self.model, tokens, 1)
-                found = memory.measure(self.model, tokens, self.bench.decode_tokens)
+                found = memory.measure(self.model, tokens, max(self.bench.decode_tokens, 1))
             self._write("memory", arm, tokens, 0, found)
 
     def _take_turns(self, what: str, tokens: Tensor, measure: Callable[[str], Row]) -> None:

@@ -42,7 +42,8 @@ class Niah(Task):
 
     A prompt ends before the space in front of the number, so that the first digit comes from a decode step, and methods
     that decode densely copy it whatever their prefill dropped. With `value_next` the prompt ends behind that space: the
-    prefill itself must find the first digit, and `exact` is the score to look at.
+    prefill itself must find the first digit, and `exact` is the score to look at. For tokenizers that keep a space
+    apart from the digit behind it, as SmolLM2's and Qwen2.5's do; others would write the two as one token.
     """
 
     name: ClassVar[str] = "niah"

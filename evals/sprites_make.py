@@ -430,7 +430,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m hfpatch.evals.sprites_make", description=(__doc__ or "").split("\n")[0]
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    model = commands.add_parser("model", help="train a model; the tiny one takes most of an hour on one CPU thread")
+    model = commands.add_parser("model", help="train a model; the tiny one is for a CPU")
     model.add_argument("--tower", required=True, help="folder or hub id of a Dinov2Model")
     model.add_argument(
         "--language", default=TINY, help="tiny, or a model that speaks ChatML: id or folder of a SmolLM2"

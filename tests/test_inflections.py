@@ -15,11 +15,12 @@ from tiny import tiny, vlm_inputs
 from tiny_tokenizer import tiny_tokenizer
 
 import hfpatch
+from hfpatch.calibrated import encode, read_calibrated
 from hfpatch.calibrations.adaptinfer_inflections import _of_task, attention_on_images, change_points, layers_between
 from hfpatch.errors import ConfigError, HFPatchError, UnsupportedError
 from hfpatch.evals import tinyshapes
 from hfpatch.load import load
-from hfpatch.methods.adaptinfer import AdaptInfer
+from hfpatch.methods.adaptinfer import FORMAT, AdaptInfer
 from hfpatch.recipe import PatchSpec
 
 LLAVA = "packaged:tinyshapes-llava"
@@ -153,6 +154,10 @@ def test_an_interruption_loses_nothing():
     assert resumed["card"]["prompts"] == 4
 
 
+def _file_of(loaded, rows):
+    return str(hfpatch.calibrate(loaded.model, loaded.processor, "adaptinfer", "good.json", files=[rows]))
+
+
 def test_bad_input(rows):
     loaded = load(LLAVA, dtype="fp32")
 
@@ -174,5 +179,10 @@ def test_bad_input(rows):
     for spec in ("inflections=layers.json,after=[0]", "inflections=layers.json,ratios=[0.5]"):
         with pytest.raises(ConfigError, match="inflections is a file that names the layers"):
             AdaptInfer.from_options(PatchSpec.parse(f"adaptinfer:{spec}").params)
+    header, content = read_calibrated(_file_of(loaded, rows), "inflections", FORMAT)
+    for after in ([], ["0"], 3):
+        Path("damaged.json").write_bytes(encode(header, {**content, "after": after}))
+        with pytest.raises(ConfigError, match="no list of layers"):
+            AdaptInfer(inflections="damaged.json")
     with pytest.raises(UnsupportedError, match="calibration asks about images, and there is"):
         hfpatch.calibrate(tiny("llama"), tiny_tokenizer(), "adaptinfer", "layers.json", files=[rows])

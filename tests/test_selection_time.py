@@ -180,3 +180,18 @@ def test_bench_shows_selection_everywhere(tmp_path, monkeypatch):
     for report in ("report.md", "report.html"):
         text = (run / report).read_text()
         assert shown in text and "Selection: the part of patched in which keys are chosen" in text
+
+
+def test_bench_of_prefill_alone(tmp_path, monkeypatch):
+    """No decode steps are timed; memory is still measured, with one step."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures, "has_matplotlib", lambda: False)
+    tiny.tiny("llama", vocab_size=512).save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    options = ["--lengths", "300", "--repeats", "1", "--warmup", "0", "--decode-tokens", "0"]
+    result = CliRunner().invoke(app, ["bench", "model", "-p", "swa:window=32", *options])
+    assert result.exit_code == 0, result.output
+    run = Path("runs") / Path("runs/latest").read_text().strip()
+    rows = [json.loads(line) for line in (run / "bench.jsonl").read_text().splitlines()]
+    assert {row["what"] for row in rows} == {"prefill", "memory"}
+    assert all(row["peak_decode_mb"] > 0 for row in rows if row["what"] == "memory")

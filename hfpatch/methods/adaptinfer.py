@@ -183,7 +183,7 @@ def _read_layers(path: str) -> tuple[Header, tuple[int, ...]]:
     """The header and the layers of a file."""
     header, content = read_calibrated(path, "inflections", FORMAT)
     after = content.get("after")
-    if not isinstance(after, list) or not all(isinstance(layer, int) for layer in after):
+    if not isinstance(after, list) or not after or not all(isinstance(layer, int) for layer in after):
         raise ConfigError(
             f"adaptinfer: inflections={path!r} has no list of layers. Make it again with hfpatch calibrate."
         )
