@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hfpatch.errors import UnsupportedError
+from hfpatch.patch import active
+
 # values of one piece: 64 MB in fp32
 _AT_ONCE = 2**24
 
@@ -58,7 +61,15 @@ def read(model: Any, ids: Sequence[int], places: int) -> Logits:
 
     The head is kept from running in that forward, but for the last place. That one tells whether the model changes
     logits after its head (softcapping, scaling): then a second forward makes all logits, in the model's dtype.
+
+    Raises UnsupportedError where a patch leaves tokens of the text out.
     """
+    methods = [part.method for handle in active(model) if handle.active for part in handle.parts]
+    if names := sorted({method.name for method in methods if method.drops_text()}):
+        raise UnsupportedError(
+            f"{', '.join(names)} leaves tokens of the text out in later layers, so that they predict nothing. Compare "
+            "generated answers instead: niah, ruler, longbench."
+        )
     tokens = torch.tensor([list(ids)], device=model.device)
     head = model.get_output_embeddings()
     if head is not None:

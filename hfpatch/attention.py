@@ -391,6 +391,8 @@ def _patched(
     pruners = [b for b in layer.pruners if not b.method.looks_ahead] if phase == "prefill" else []
     if engine.ahead_now:
         planner, adjusters, pruners = None, [], list(engine.ahead_now)
+    if phase == "extend":
+        _say_if_in_pieces(layer, query.shape[2])
     reason = _not_ours(module, mask, kwargs)
     if reason is not None:
         if forward is not None and is_cut(forward.cache, layer.layer_idx):
@@ -455,6 +457,21 @@ def _patched(
         if bound is not planner:
             bound.count(phase, "adjust", "", {}, 1.0)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _say_if_in_pieces(layer: Layer, q_len: int) -> None:
+    """Count and say once that a prompt seems to come in pieces, where its end was to decide what is pruned."""
+    forward = layer.engine.forward
+    if forward is None or forward.state.forwards != 2:
+        return
+    for bound in layer.pruners:
+        if bound.method.whole_prompt:
+            layer.engine.fall_back(
+                f"{bound.method.name} chose by the end of the first {forward.past} tokens",
+                f"{q_len} more came right after them. Give a prompt in one piece (no prefill_chunk_size); a new turn "
+                "after an answer of one token may be meant so",
+                bound.strict,
+            )
 
 
 def _patched_tower(

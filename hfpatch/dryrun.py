@@ -19,7 +19,7 @@ from hfpatch.kernels import choose
 from hfpatch.methods.base import Method
 from hfpatch.plan import Plan
 from hfpatch.selectors import format_layers
-from hfpatch.summary import Explanation, LayerPlan
+from hfpatch.summary import Explanation, LayerPlan, pairs_left
 
 
 def explain_bound(
@@ -39,7 +39,9 @@ def explain_bound(
     kept: dict[str, list[float]] = {"prefill": [], "decode": []}
     notes = []
     content: set[str] = set()
-    for layer in range(anatomy.num_layers):
+    methods = list({id(b.method): b.method for bounds in bound.values() for b in bounds}.values())
+    lengths = _lengths(methods, anatomy.num_layers, seq_len)
+    for layer, length in enumerate(lengths):
         for phase in ("prefill", "decode"):
             density = 1.0
             if layer in anatomy.windows:
@@ -49,7 +51,7 @@ def explain_bound(
             elif layer not in bound:
                 rows.append(LayerPlan(layer, phase, "dense", "model's own", {}, 1.0))
             for item in bound.get(layer, []):
-                row = _predict(item, anatomy, layer, phase, seq_len, batch, device, parameter.dtype, content)
+                row = _predict(item, anatomy, layer, phase, length, batch, device, parameter.dtype, content)
                 rows.append(row)
                 density = min(density, row.density if row.density is not None else 1.0)
             kept[phase].append(density)
@@ -78,15 +80,30 @@ def explain_bound(
         rows = made + rows
         kept["tower"] = [row.density if row.density is not None else 1.0 for row in made]
     mean: dict[str, float | None] = {phase: sum(d) / len(d) if d else None for phase, d in kept.items()}
-    images, note = _image_cost(anatomy, bound, seq_len)
+    if any(method.drops_text() for method in methods):
+        left = [length / seq_len for length in lengths]
+        mean |= {phase: pairs_left(kept[phase], left, phase) for phase in ("prefill", "decode")}
+    images, note = _image_cost(anatomy, methods, seq_len)
     if images is not None and mean["prefill"] is not None:
         mean["prefill"] *= images.pairs
     return Explanation(order, facts, seq_len, batch, rows, mean, notes + note, images)
 
 
-def _image_cost(anatomy: Anatomy, bound: Mapping[int, list[Bound]], seq_len: int) -> tuple[ImageCost | None, list[str]]:
+def _lengths(methods: Sequence[Method], num_layers: int, tokens: int) -> list[int]:
+    """Tokens of a prompt of `tokens` that each layer has, where methods drop text too."""
+    stages: dict[int, int] = {}
+    for method in sorted(methods, key=lambda m: min(m.token_stages(num_layers, tokens), default=0)):
+        stages |= method.token_stages(num_layers, min([tokens, *stages.values()]))
+    lengths = [tokens]
+    for layer in range(num_layers - 1):
+        lengths.append(min(lengths[-1], stages.get(layer, tokens)))
+    return lengths
+
+
+def _image_cost(anatomy: Anatomy, methods: Sequence[Method], seq_len: int) -> tuple[ImageCost | None, list[str]]:
     """What dropping image tokens saves of a prompt with one image, and notes."""
-    methods = list({id(b.method): b.method for bounds in bound.values() for b in bounds}.values())
+    if any(method.drops_text() for method in methods):
+        return None, []
     if not any(method.drops_images() for method in methods):
         return None, []
     images = getattr(anatomy.model.config, "image_seq_length", None)
@@ -156,6 +173,8 @@ def _predict(
         return LayerPlan(layer, phase, f"dense ({method.name} acts in another phase)", "model's own", {}, 1.0)
     if "plan" not in method.verbs():
         action = "adjust" if "adjust" in method.verbs() else "acts on the whole prompt"
+        if counts := method.token_stages(anatomy.num_layers, seq_len):
+            action = "dense on the kept tokens" if phase == "decode" else f"prune to {counts[layer]} tokens"
         if method.drops_images():
             action = "prune after this layer" if "prune" in method.verbs() else "choose image tokens before this layer"
             action = "dense on the kept tokens" if phase == "decode" else action

@@ -562,16 +562,17 @@ def _bind(anatomy: Anatomy, parts: Sequence[Part], kernel: str, strict: bool) ->
         named = part.heads if part.heads is not None else method.chosen_heads(anatomy.sizes, free)
         heads = select_heads(named, anatomy.num_layers, anatomy.num_heads)
         verbs = method.verbs()
+        has_images = anatomy.image_token_id is not None
+        if anatomy.windows and (method.drops_text() or (method.drops_images() and has_images)):
+            raise UnsupportedError(
+                f"{method.name} cannot prune in {type(anatomy.model).__name__}: its layers "
+                f"{format_layers(anatomy.windows)} slide a window over token distances that pruning would change."
+            )
         if "image tokens" in method.card.needs:
-            if anatomy.image_token_id is None:
+            if not has_images:
                 raise UnsupportedError(
                     f"{method.name} needs image tokens, and {type(anatomy.model).__name__} has none. "
                     "Patchers for this model: hfpatch.list_patchers(supports=model)."
-                )
-            if anatomy.windows and method.drops_images():
-                raise UnsupportedError(
-                    f"{method.name} cannot prune in {type(anatomy.model).__name__}: its layers "
-                    f"{format_layers(anatomy.windows)} slide a window over token distances that pruning would change."
                 )
             if "class token" in method.card.needs and find(anatomy.model) is None:
                 raise UnsupportedError(
@@ -714,8 +715,10 @@ def _sync_text(anatomy: Anatomy, patched: _Patched, handles: Sequence[PatchHandl
                             patched.engine.ahead.setdefault(index, []).append(bound)
                     if "request" in verbs and not any(b.method is bound.method for b in requesters):
                         requesters.append(bound)
-    needs = {n for h in handles for bounds in h._bound.values() for b in bounds for n in b.method.card.needs}
-    drops = any(b.method.drops_images() for h in handles for bounds in h._bound.values() for b in bounds)
+    methods = [b.method for h in handles for bounds in h._bound.values() for b in bounds]
+    needs = {need for method in methods for need in method.card.needs}
+    # the count of images would take lost text for lost images
+    drops = any(m.drops_images() for m in methods) and not any(m.drops_text() for m in methods)
     patched.engine.layer_cost = anatomy.layer_cost if drops else None
     patched.engine.tap = Tap.on(anatomy.model) if "class token" in needs else None
     patched.hooks += patched.engine.tap.hooks if patched.engine.tap is not None else []

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hfpatch import attention
 from hfpatch.attention import Bound, Engine, Forward
 from hfpatch.errors import UnsupportedError
+from hfpatch.summary import PRUNE
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +157,7 @@ def _drop(forward: Forward, bound: Bound, decision: Any, hidden: Tensor) -> Tens
         slots, hidden = decision(hidden)
     forward.current = forward.current.gather(1, slots)
     forward.compact = forward.compact or getattr(bound.method, "positions", None) == "compact"
-    bound.count("prefill", f"prune to {slots.shape[1]} tokens", "", {}, slots.shape[1] / count)
+    bound.count("prefill", f"{PRUNE}{slots.shape[1]} tokens", "", {}, slots.shape[1] / count)
     return hidden
 
 

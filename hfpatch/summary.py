@@ -10,6 +10,8 @@ from typing import Any
 from hfpatch.costs import ImageCost
 from hfpatch.selectors import format_layers
 
+# begins the action of a layer after which tokens are gone
+PRUNE = "prune to "
 PHASES = ("prefill", "extend", "decode", "tower")
 
 
@@ -57,7 +59,10 @@ class PatchReport:
         phase="tower": of all pairs, over the layers of the vision tower.
         """
         seen: dict[int, float] = {}
+        cuts: dict[int, float] = {}
         for row in self.layers:
+            if row.density is not None and row.action.startswith(PRUNE):
+                cuts[row.layer] = row.density
             if row.phase == phase and row.density is not None:
                 # only a plan, which has a kernel, leaves pairs of a layer out; tokens that are gone come below
                 kept = row.density if row.kernel else 1.0
@@ -65,6 +70,11 @@ class PatchReport:
         if not seen:
             return None
         total = self.tower_layers if phase == "tower" else self.num_layers
+        if self.images is None and cuts and phase != "tower":
+            left = [1.0]
+            for layer in range(total - 1):
+                left.append(left[-1] * cuts.get(layer, 1.0))
+            return pairs_left([seen.get(layer, 1.0) for layer in range(total)], left, phase)
         kept = (sum(seen.values()) + total - len(seen)) / total
         return kept * self.images.pairs if self.images is not None and phase == "prefill" else kept
 
@@ -78,6 +88,17 @@ class PatchReport:
         notes = [f"fallback ({count}x): {reason}" for reason, count in self.fallbacks.items()]
         notes = [*([str(self.images)] if self.images else []), *notes]
         return "\n".join([f"{' + '.join(self.specs)} · {self.forwards} forwards", table, *notes])
+
+
+def pairs_left(kept: Sequence[float], left: Sequence[float], phase: str) -> float:
+    """Mean share of causal pairs over the layers, of what the whole prompt would have.
+
+    `kept`: by layer, what its plan keeps. `left`: by layer, the share of the prompt's tokens that it has; a decoding
+    query sees so many, and among themselves they have its square. Means over prompts of several lengths are
+    approximate, and written tokens are left out.
+    """
+    power = 1 if phase == "decode" else 2
+    return sum(pairs * tokens**power for pairs, tokens in zip(kept, left, strict=True)) / len(left)
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,9 @@ class Method(Options):
     looks_ahead: ClassVar[bool] = False
     """True if `prune` goes by the queries and keys of the layer that comes next; its call is then that layer's."""
 
+    whole_prompt: ClassVar[bool] = False
+    """True if `prune` goes by the end of the prompt: one that comes in pieces is cut by the end of its first piece."""
+
     # The verbs --------------------------------------------------------------------------------------------------
 
     def plan(self, call: AttentionCall) -> Plan:
@@ -156,10 +159,15 @@ class Method(Options):
 
     def prune_layers(self, num_layers: int) -> frozenset[int]:
         """Layers after which `prune` is asked."""
-        return frozenset(layer for layer in self.stages(num_layers, 1 << 20) if layer >= 0)
+        stages = {*self.stages(num_layers, 1 << 20), *self.token_stages(num_layers, 1 << 20)}
+        return frozenset(layer for layer in stages if layer >= 0)
 
     def stages(self, num_layers: int, images: int) -> Mapping[int, int]:
         """For the forecast: how many of `images` image tokens are left after a layer; -1 = before the first one."""
+        return {}
+
+    def token_stages(self, num_layers: int, tokens: int) -> Mapping[int, int]:
+        """For the forecast: how many of a prompt's `tokens`, text or image, are left after a layer."""
         return {}
 
     def request(self, request: Request) -> dict[str, Any] | None:
@@ -205,6 +213,11 @@ class Method(Options):
     def drops_images(cls) -> bool:
         """Whether it leaves image tokens out, before the first layer or inside: then it has a forecast."""
         return cls.stages is not Method.stages
+
+    @classmethod
+    def drops_text(cls) -> bool:
+        """Whether it leaves tokens of any kind out inside the model: their prompt logits then mean nothing."""
+        return cls.token_stages is not Method.token_stages
 
     @classmethod
     def verbs(cls) -> tuple[str, ...]:
