@@ -468,8 +468,8 @@ def _say_if_in_pieces(layer: Layer, q_len: int) -> None:
         if bound.method.whole_prompt:
             layer.engine.fall_back(
                 f"{bound.method.name} chose by the end of the first {forward.past} tokens",
-                f"{q_len} more came right after them. Give a prompt in one piece (no prefill_chunk_size); a new turn "
-                "after an answer of one token may be meant so",
+                f"{q_len} more came right after them. Give a prompt in one piece (no prefill_chunk_size); drafted "
+                "tokens, or a new turn after an answer of one token, are fine",
                 bound.strict,
             )
 
