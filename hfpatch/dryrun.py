@@ -94,9 +94,10 @@ def _lengths(methods: Sequence[Method], num_layers: int, tokens: int) -> list[in
     stages: dict[int, int] = {}
     for method in sorted(methods, key=lambda m: min(m.token_stages(num_layers, tokens), default=0)):
         stages |= method.token_stages(num_layers, min([tokens, *stages.values()]))
-    lengths = [tokens]
-    for layer in range(num_layers - 1):
-        lengths.append(min(lengths[-1], stages.get(layer, tokens)))
+    lengths, left = [], tokens
+    for layer in range(num_layers):
+        lengths.append(left)
+        left = min(left, stages.get(layer, left))
     return lengths
 
 

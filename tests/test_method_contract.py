@@ -30,7 +30,7 @@ def needs_images(name):
 
 
 # where caches and masks differ most; the other families see further examples of a method among the slow tests
-MAIN = ("llama", "gemma3", "gpt_oss", "llava")
+MAIN = ("llama", "gemma3", "llava")
 TRIPLES = [(name, n, family) for name, n in SETTINGS for family in (tiny.VLM_NAMES if needs_images(name) else FAMILIES)]
 
 

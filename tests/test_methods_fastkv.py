@@ -159,7 +159,9 @@ def test_a_row_of_padding_alone_does_no_harm():
     torch.testing.assert_close(got[0, -1], alone[0, -1], **CLOSE)
 
 
-@pytest.mark.parametrize("name", PLANNERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("swa", "dhsa") else [pytest.mark.slow]) for name in PLANNERS]
+)
 def test_it_goes_with_a_method_that_chooses_keys(name):
     """Keeping all keys, the planner changes nothing; choosing, rows of a batch stay what they are alone."""
     model = model_of()
