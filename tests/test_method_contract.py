@@ -31,6 +31,8 @@ def needs_images(name):
 
 # where caches and masks differ most; the other families see further examples of a method among the slow tests
 MAIN = ("llama", "gemma3", "llava")
+# made like llama, so that all of their cases are slow tests
+ALIKE = ("mistral", "phi3")
 TRIPLES = [(name, n, family) for name, n in SETTINGS for family in (tiny.VLM_NAMES if needs_images(name) else FAMILIES)]
 
 
@@ -38,10 +40,10 @@ def case(*values, slow):
     return pytest.param(*values, marks=[pytest.mark.slow] if slow else [])
 
 
-CASES = [case(name, n, family, slow=n > 0 and family not in MAIN) for name, n, family in TRIPLES]
+CASES = [case(name, n, family, slow=family in ALIKE or (n > 0 and family not in MAIN)) for name, n, family in TRIPLES]
 # how a family's cache and a method meet in these ways shows in one example
 WAYS = [
-    case(way, name, n, family, slow=family not in MAIN and (n > 0 or way != "greedy"))
+    case(way, name, n, family, slow=family in ALIKE or (family not in MAIN and (n > 0 or way != "greedy")))
     for way in ("greedy", "beam", "sampling", "static", "lookup")
     for name, n, family in TRIPLES
     if way == "greedy" or n == 0 or family in ("llama", "gemma3", "llava")
