@@ -62,9 +62,9 @@ def slots_by_hand(model, ids, method, last):
     given = [float(probs[n - method.window :, j].sum()) if j < n - method.window else 0.0 for j in range(n)]
     half = method.pool // 2
     score = [sum(given[max(j - half, 0) : j + half + 1]) / method.pool for j in range(n - method.window)]
-    room = round(method.keep * n) - method.window
-    best = sorted(range(len(score)), key=lambda j: -score[j])[:room]
-    return torch.tensor(sorted(best) + list(range(n - method.window, n)))
+    room = round(method.keep * n) - method.window - 1
+    best = sorted(range(1, len(score)), key=lambda j: -score[j])[:room]
+    return torch.tensor([0, *sorted(best), *range(n - method.window, n)])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe", "phi3"])
@@ -94,16 +94,16 @@ def test_layer_and_count():
     model = model_of()
     inputs = tiny.text_inputs(model, length=40)
     for options, layer, count in [
-        ({}, 2, 8),
-        ({"keep": 0.1}, 2, 8),
+        ({}, 2, 9),
+        ({"keep": 0.1}, 2, 9),
         ({"keep": 0.5}, 2, 20),
         ({"budget": 17, "layer": 1}, 1, 17),
-        ({"budget": 3, "window": 6, "layer": 4}, 4, 6),
+        ({"budget": 3, "window": 6, "layer": 4}, 4, 7),
     ]:
         with hfpatch.patch(model, "fastkv", **options):
             kept = run(model, inputs)[1]
         assert min(kept) == layer and kept[layer].shape == (1, count), options
-        assert torch.equal(kept[layer][0, -4:], torch.arange(36, 40))
+        assert kept[layer][0, 0] == 0 and torch.equal(kept[layer][0, -4:], torch.arange(36, 40))
 
 
 def test_what_keeps_all_changes_no_bit():
@@ -178,6 +178,18 @@ def test_it_goes_with_a_method_that_chooses_keys(name):
             assert torch.equal(out[0, 9:], model.generate(**single, **GREEDY)[0])
             assert run(model, single)[1][2].shape == (1, 12)
             assert handle.report().density() < 0.7
+
+
+def test_spans_are_found_among_what_is_left():
+    """Places in the text count from its first token, in a padded batch too."""
+    model = model_of()
+    inputs = tiny.text_inputs(model, batch=2, length=48, padding=[9, 0])
+    cut = FastKV(layer=2, keep=0.3, window=4, pool=1)
+    with hfpatch.patch(model, [cut, "steer:alpha=0.05,spans=[[5,30]]"]):
+        batch = logits(model, inputs)
+        for row, pad in enumerate((9, 0)):
+            single = {key: value[row : row + 1, pad:] for key, value in inputs.items()}
+            torch.testing.assert_close(batch[row, -1], logits(model, single)[0, -1], **CLOSE)
 
 
 def test_shares_are_counted():

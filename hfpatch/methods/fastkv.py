@@ -23,9 +23,10 @@ class FastKV(Method):
     """Before decoder layer `layer`, keep the tokens of the prompt that its last `window` tokens attend to.
 
     A token's score is the attention that the layer before gives it from the window, summed over the window, averaged
-    over the query heads and over `pool` neighbours. The window stays. Kept tokens keep their positions; the layers
-    before `layer` hold the whole prompt in their cache, later ones what was kept. So prefill, decoding and the cache
-    cost less in the layers behind, whatever computes attention: it goes with a method that chooses keys.
+    over the query heads and over `pool` neighbours. The window stays, and the first token, the usual sink. Kept tokens
+    keep their positions; the layers before `layer` hold the whole prompt in their cache, later ones what was kept. So
+    prefill, decoding and the cache cost less in the layers behind, whatever computes attention: it goes with a method
+    that chooses keys. What an answer needs must be what the prompt's end attends to, or its decoding will not find it.
 
     Scores are dense attention, also where another method chooses the keys of the layer before. Tokens that were left
     out have no prediction of their own, so that perplexity on prompts has no meaning. The choice is made once, at the
@@ -53,7 +54,7 @@ class FastKV(Method):
     layer: int | None = option(
         None, "first decoder layer without the dropped tokens; None: the middle one (paper: 16 of 32)", ge=1
     )
-    keep: float = option(0.2, "share of the prompt's tokens that stays, the window among them", gt=0, le=1)
+    keep: float = option(0.2, "share of the prompt's tokens that stays, window and first token among them", gt=0, le=1)
     budget: int | None = option(None, "how many tokens stay, in place of keep", ge=1)
     window: int = option(8, "tokens at the prompt's end that choose, and stay", ge=1)
     pool: int = option(7, "neighbouring tokens over which a score is averaged; odd", ge=1)
@@ -72,7 +73,7 @@ class FastKV(Method):
 
     def _left(self, tokens: int) -> int:
         wanted = self.budget if self.budget is not None else round(self.keep * tokens)
-        return min(max(wanted, self.window), tokens)
+        return min(max(wanted, self.window + 1), tokens)
 
     @torch.no_grad()
     def prune(self, call: AttentionCall) -> Tensor | None:
@@ -101,12 +102,14 @@ class FastKV(Method):
         return ascending(stays, most)
 
     def _scores(self, call: AttentionCall) -> Tensor:
-        """fp32 [B, n] of prompts without padding; the window has infinite ones."""
+        """fp32 [B, n] of prompts without padding; what stays in any case has infinite ones."""
         window = min(self.window, call.kv_len)
         given = last_rows_probs(call, window).sum(2).mean(1)
         given[:, call.kv_len - window :] = 0.0
         scores = avg_pool1d(given[:, None], self.pool, stride=1, padding=self.pool // 2)[:, 0]
         scores[:, call.kv_len - window :] = float("inf")
+        # also what places in the text are counted from, see `_spans`
+        scores[:, 0] = float("inf")
         return scores
 
 
