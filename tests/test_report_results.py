@@ -139,7 +139,6 @@ def test_quality_by_hand(tmp_path: Path) -> None:
     cells = [tuple(cell.values()) for cell in heatmap["cells"]]
     assert list(heatmap["cells"][0]) == ["length", "depth", "prompt_tokens", "n", "dense", "patched", "difference"]
     assert cells == [(1024, 0, 1020.0, 4, 0.75, 0.5, -0.25), (2048, 50, 2044.0, 20, 1.0, 1.0, 0.0)]
-    assert results["density"]["asked"] == 0.25
     assert results["density"]["prefill"] == pytest.approx(0.3) and results["density"]["decode"] == 0.5
     assert results["arms"] == {"dense": 26, "patched": 26} and results["baseline"] == "sdpa"
 

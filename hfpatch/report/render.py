@@ -491,8 +491,7 @@ def _density(results: Mapping[str, Any], pictures: Mapping[str, Picture]) -> lis
     blocks: list[Block] = []
     kept = [f"{phase} {100 * density[phase]:.1f} %" for phase in ("prefill", "decode") if density[phase] is not None]
     if kept:
-        asked = results["patch"] if density["asked"] is None else f"{100 * density['asked']:.1f} % ({results['patch']})"
-        text = f"Asked for {asked}. Kept of the causal pairs, over all layers and samples: {', '.join(kept)}."
+        text = f"Asked for {results['patch']}. Kept of the causal pairs, mean of layers and samples: {', '.join(kept)}."
         blocks.append(Text(text))
         if results["image_tokens"]:
             blocks.append(Text(f"Image tokens: {cost_text(results['image_tokens'])}."))

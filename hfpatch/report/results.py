@@ -87,7 +87,7 @@ def summarise(run: RunDir) -> Results:
         "heatmaps": _heatmaps(tables),
         "controls": _controls(tables_of(controls, patched)),
         "fidelity": fidelity,
-        "density": _density(recipe, patched_rows, layers),
+        "density": _density(patched_rows, layers),
         "image_tokens": mean_cost(patched_rows),
         "kernels": _kernels(layers, patched_rows),
         "fallbacks": _fallbacks(patched_rows),
@@ -115,9 +115,8 @@ def verdict(results: Results) -> dict[str, str]:
         if not parts and row["length"] is None and row["scores"].get("top1_agree") is not None:
             parts.append(f"top-1 agreement with dense {100 * row['scores']['top1_agree']:.1f} %")
     parts += speed_parts(results["timing"])
-    kept, asked = results["density"]["prefill"], results["density"]["asked"]
-    if kept is not None:
-        parts.append(f"keeps {100 * kept:.1f} % in prefill" + (f" (asked {100 * asked:.1f} %)" if asked else ""))
+    if (kept := results["density"]["prefill"]) is not None:
+        parts.append(f"keeps {100 * kept:.1f} % in prefill")
     if cost := results["image_tokens"]:
         parts.append(cost_text(cost))
     only = [arm for arm in results["arms"] if results["arms"][arm]]
@@ -217,9 +216,8 @@ def _positions(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def _density(recipe: Row, rows: Sequence[Row], layers: Sequence[Row]) -> dict[str, Any]:
-    """Kept shares of the causal pairs. `asked` is the option `keep` where one patch has it, else None."""
-    keeps = [p["params"]["keep"] for p in recipe.get("patches") or [] if "keep" in (p.get("params") or {})]
+def _density(rows: Sequence[Row], layers: Sequence[Row]) -> dict[str, Any]:
+    """Kept shares of the causal pairs. What was asked for is in the options, as shares of other things."""
     # A layer that did different things at different lengths has several rows: weigh them by their calls.
     calls: dict[tuple[int, str, int], list[tuple[float, int]]] = defaultdict(list)
     for row in layers:
@@ -232,7 +230,6 @@ def _density(recipe: Row, rows: Sequence[Row], layers: Sequence[Row]) -> dict[st
         both = {phase: mean(row[f"density_{phase}"] for row in part) for phase in ("prefill", "decode")}
         by_length.append({"length": length} | both)
     return {
-        "asked": keeps[0] if len(keeps) == 1 else None,
         "prefill": mean(row["density_prefill"] for row in rows),
         "decode": mean(row["density_decode"] for row in rows),
         "tower": mean(row.get("density_tower") for row in rows),
