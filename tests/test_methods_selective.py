@@ -71,6 +71,7 @@ VARIANTS = [
     MInference(pattern="block_sparse", blocks=3, block_size=16),
     XAttention(tau=0.6, stride=4, block_size=16),
     XAttention(tau=0.6, stride=16, block_size=16, share="group"),
+    XAttention(tau=0.3, stride=4, block_size=16, local=40, instruct=20),
     SpargeAttn(keep=0.4, block_q=32, block_k=16),
     SpargeAttn(select="mass", mass=0.6, similarity=-1.0, block_q=16, block_k=16, share="group"),
     SpargeAttn(keep=0.3, similarity=0.02, block_q=16, block_k=32, share_of="all"),
@@ -590,6 +591,29 @@ def test_xattention_in_pieces_is_the_same(monkeypatch):
         monkeypatch.setattr("hfpatch.methods.xattention._PIECES", pieces)
         monkeypatch.setattr("hfpatch.methods.xattention._SCORES", scores)
         torch.testing.assert_close(antidiagonal_mass(one, 4, 16), whole)
+
+
+@pytest.mark.parametrize(("n", "q_len"), [(160, None), (150, None), (153, 70)])
+@pytest.mark.parametrize("local", [32, 33])
+def test_xattention_keeps_what_is_near_and_all_for_the_last_queries(n, q_len, local):
+    one, base = call(n, q_len=q_len), {"stride": 4, "block_size": 16}
+    keep = blocks_of(XAttention(tau=0.0, local=local, instruct=17, **base), one)
+    want = torch.zeros_like(keep[0, 0])
+    for row in range(want.shape[0]):
+        rows = range(one.q_offset + row * 16, min(one.q_offset + row * 16 + 16, n))
+        near = {key // 16 for key in range(max(rows[-1] - local + 1, 0), rows[-1] + 1)} | {query // 16 for query in rows}
+        want[row, sorted({0} | near)] = True
+        if rows[-1] >= n - 17:
+            want[row, : rows[-1] // 16 + 1] = True
+    assert torch.equal(keep, want.expand_as(keep))
+    # what is forced counts towards tau, as the diagonal does
+    mass = antidiagonal_mass(one, 4, 16)
+    mass = mass / mass.sum(-1, keepdim=True)
+    more = blocks_of(XAttention(tau=0.6, local=local, instruct=17, **base), one)
+    least = mass.masked_fill(~more | keep, float("inf")).amin(-1)
+    assert (keep <= more).all() and least.isfinite().any()
+    assert ((mass * more).sum(-1) - least)[least.isfinite()].lt(0.6).all()
+    assert isinstance(XAttention(tau=0.0, instruct=one.q_len, **base).plan(one), Dense)
 
 
 def test_xattention_thresholds_per_head(tmp_path):

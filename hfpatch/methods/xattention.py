@@ -36,6 +36,10 @@ class XAttention(Method):
     every key takes part once; a softmax over the tiles of a row gives masses, summed by block. The first block and the
     diagonal always stay. Chunks shorter than a block, prompts of one block and decode steps are dense.
 
+    `local` and `instruct` are ours, and off. A share of the attention can leave out what little of it binds a value to the
+    key before it, or finds a question's words among many alike: where the prompt is all keys and values, see everything
+    from the question, and keep the block before as well.
+
     `thresholds` names a JSON file with a tau for each head, made by `hfpatch calibrate` or `[layers][query heads]`.
     Softcaps and learned sinks are not in the scores, and lists per KV group take the largest mass of the group's heads.
 
@@ -53,6 +57,7 @@ class XAttention(Method):
     examples: ClassVar[tuple[dict[str, object], ...]] = (
         {"tau": 0.62, "stride": 2, "block_size": 4},
         {"tau": 0.4, "stride": 1, "block_size": 2, "share": "group"},
+        {"tau": 0.3, "stride": 2, "block_size": 4, "local": 7, "instruct": 5},
     )
 
     tau: float = option(0.9, "share of the scores that is kept; 1 is dense, 0 the forced blocks only", ge=0, le=1)
@@ -63,6 +68,8 @@ class XAttention(Method):
     share: str = option(
         "head", "block lists per query head, or per group of heads with one KV head", choices=("head", "group")
     )
+    local: int = option(0, "last tokens always seen, from the end of the query block, rounded up to blocks; ours", ge=0)
+    instruct: int = option(0, "last queries, rounded up to blocks, that see everything; ours", ge=0)
     dense_below: int = option(0, "sequences shorter than this run dense; tokens", ge=0)
 
     def check(self) -> None:
@@ -82,7 +89,7 @@ class XAttention(Method):
     def plan(self, call: AttentionCall) -> Plan:
         size = self.block_size
         taus = self._taus(call)
-        if call.phase == "decode" or call.q_len < size or call.kv_len <= size or min(taus) >= 1:
+        if call.phase == "decode" or call.q_len < max(size, self.instruct + 1) or call.kv_len <= size or min(taus) >= 1:
             return Dense()
         grid = grid_of(call, size, size)
         lists = call.query.shape[1] if self.share == "head" else call.key.shape[1]
@@ -90,6 +97,11 @@ class XAttention(Method):
         mass = normalised(per_list(mass, lists).masked_fill(~grid.causal, 0.0))
         forced = grid.own.clone()
         forced[:, 0] = True
+        if self.local:
+            ends = (torch.arange(forced.shape[1], device=forced.device) + 1) * size
+            forced |= (ends > grid.last[:, None] + 1 - self.local) & grid.causal
+        if self.instruct:
+            forced |= (grid.last >= call.kv_len - self.instruct)[:, None] & grid.causal
         share = torch.tensor(taus).view(lists, -1).amax(1).to(mass.device, non_blocking=True)[:, None, None]
         need = share - mass.masked_fill(~forced, 0.0).sum(-1, keepdim=True)
         # a head with tau 1 keeps all, whatever rounding makes of its sum
