@@ -601,8 +601,8 @@ def test_xattention_keeps_what_is_near_and_all_for_the_last_queries(n, q_len, lo
     want = torch.zeros_like(keep[0, 0])
     for row in range(want.shape[0]):
         rows = range(one.q_offset + row * 16, min(one.q_offset + row * 16 + 16, n))
-        near = {key // 16 for key in range(max(rows[-1] - local + 1, 0), rows[-1] + 1)} | {query // 16 for query in rows}
-        want[row, sorted({0} | near)] = True
+        near = range(max(rows[-1] - local + 1, 0), rows[-1] + 1)
+        want[row, sorted({0} | {token // 16 for token in (*near, *rows)})] = True
         if rows[-1] >= n - 17:
             want[row, : rows[-1] // 16 + 1] = True
     assert torch.equal(keep, want.expand_as(keep))

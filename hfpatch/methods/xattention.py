@@ -36,9 +36,9 @@ class XAttention(Method):
     every key takes part once; a softmax over the tiles of a row gives masses, summed by block. The first block and the
     diagonal always stay. Chunks shorter than a block, prompts of one block and decode steps are dense.
 
-    `local` and `instruct` are ours, and off. A share of the attention can leave out what little of it binds a value to the
-    key before it, or finds a question's words among many alike: where the prompt is all keys and values, see everything
-    from the question, and keep the block before as well.
+    `local` and `instruct`, off by default, are ours. Most of a block's attention can leave out the little of it that
+    ties a value to its key, or finds the asked key among many. Where a prompt is all keys and values, keep the block
+    before as well (`local` of two blocks), and let the question see everything (`instruct` of its length).
 
     `thresholds` names a JSON file with a tau for each head, made by `hfpatch calibrate` or `[layers][query heads]`.
     Softcaps and learned sinks are not in the scores, and lists per KV group take the largest mass of the group's heads.
