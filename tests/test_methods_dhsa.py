@@ -535,6 +535,35 @@ def test_chunks_end_with_delimiters():
             model(inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]))
 
 
+@pytest.mark.parametrize("padding", [(5, 0), (0, 0)])
+def test_chunks_end_with_the_delimiters_that_pruning_left(padding):
+    model = tiny.tiny("llama")
+    inputs = tiny.text_inputs(model, batch=2, length=80, padding=list(padding))
+    inputs["input_ids"][:] = 50
+    inputs["input_ids"][:, 20:76:14] = 9
+    options = {**SMALL, "budget": 24, "max_chunk": 80, "instruct": 0}
+    method = DynamicHierarchical(**options, chunker="delimiter", delimiters=(9,))
+    last = model.config.num_hidden_layers - 1
+    with hfpatch.patch(model, [f"fastkv:layer={last},keep=0.7,window=4,pool=3", method]) as handle:
+        with torch.no_grad():
+            # the state lives as long as the cache
+            _out = model(**inputs)
+        assert any(row.layer == last and row.action == "Blocks" for row in handle.report().layers)
+        (state,) = model._hfpatch.engine.states.values()
+        kept, checked = state.kept[last], 0
+        for (rows, _, kv_len), (_, chunks) in state.store[method, "chunks"].items():
+            rows = rows or (0, 1)
+            if kv_len in {80 - padding[row] for row in rows}:
+                continue
+            for place, row in enumerate(rows):
+                own = spans(chunks, place)
+                slots = kept[row][kept[row] >= padding[row]]
+                ends = (inputs["input_ids"][row, slots] == 9).nonzero().flatten().tolist()
+                assert ends and {a for a, _ in own} <= {0, *(end + 1 for end in ends)} and len(own) > 1
+                checked += 1
+        assert checked == 2
+
+
 # The predictor --------------------------------------------------------------------------------------------------------
 
 

@@ -181,6 +181,7 @@ class DynamicHierarchical(Method):
         ends = torch.isin(ids, torch.tensor(self._delimiter_ids(), device=ids.device))
         mask = request.kwargs.get("attention_mask")
         real = mask.bool() if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ends)
+        request.store[self, "prompt"] = ends, real
         known = request.store[self, "delimiters"] = {}
         # rows by the places of their real tokens, as attention will see them
         for layout in find_layouts(real, 0):
@@ -268,6 +269,14 @@ class DynamicHierarchical(Method):
                 'them. Pass input_ids, or use chunker="keydiff".'
             )
         rows = call.rows or tuple(range(batch))
+        if (pruned := call.seq.kept.get(call.layer_idx)) is not None:
+            ends, real = call.seq.store[self, "prompt"]
+            left = [
+                slots[real[row, slots]] for row, slots in zip(rows, pruned[list(rows)].to(real.device), strict=True)
+            ]
+            part = torch.stack([ends[row, slots] for row, slots in zip(rows, left, strict=True)])[:, : call.kv_len]
+            found[:, : part.shape[1]] = part
+            return found
         if (before := known.get((rows, call.q_offset))) is not None:
             found[:, : call.q_offset] = before
         return known.setdefault((rows, call.kv_len), found)  # type: ignore[no-any-return]
