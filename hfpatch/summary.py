@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,9 +72,7 @@ class PatchReport:
             return None
         total = self.tower_layers if phase == "tower" else self.num_layers
         if self.images is None and cuts and phase != "tower":
-            left = [1.0]
-            for layer in range(total - 1):
-                left.append(left[-1] * cuts.get(layer, 1.0))
+            left = [tokens_left(cuts, layer) for layer in range(total)]
             return pairs_left([seen.get(layer, 1.0) for layer in range(total)], left, phase)
         kept = (sum(seen.values()) + total - len(seen)) / total
         return kept * self.images.pairs if self.images is not None and phase == "prefill" else kept
@@ -88,6 +87,11 @@ class PatchReport:
         notes = [f"fallback ({count}x): {reason}" for reason, count in self.fallbacks.items()]
         notes = [*([str(self.images)] if self.images else []), *notes]
         return "\n".join([f"{' + '.join(self.specs)} · {self.forwards} forwards", table, *notes])
+
+
+def tokens_left(cuts: Mapping[int, float], layer: int) -> float:
+    """Share of the prompt's tokens that a layer has. `cuts`: by layer, the share that it hands on."""
+    return math.prod(share for before, share in cuts.items() if before < layer)
 
 
 def pairs_left(kept: Sequence[float], left: Sequence[float], phase: str) -> float:

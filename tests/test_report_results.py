@@ -291,6 +291,38 @@ def test_kernels_layers_and_fallbacks(tmp_path: Path) -> None:
     assert results["fallbacks"] == {"no GPU": 5, "odd head": 1}
 
 
+def test_density_of_layers_behind_a_cut_is_of_the_whole_prompts_pairs(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    both(run, 1024, 0, 0, 1, 1)
+    plan = {"action": "Blocks", "kernel": "fast", "refused": {}, "calls": 2, "density": 0.4}
+    cut = {"phase": "prefill", "kernel": "", "refused": {}, "layer": 1}
+    run.write_layers(
+        [
+            *[
+                plan | {"phase": phase, "layer": layer}
+                for phase in ("prefill", "decode", "tower")
+                for layer in (0, 1, 2)
+            ],
+            # prompts of two lengths
+            cut | {"action": "prune to 512 tokens", "density": 0.5, "calls": 3},
+            cut | {"action": "prune to 300 tokens", "density": 0.1, "calls": 1},
+        ]
+    )
+    found = {(d["phase"], d["layer"]): round(d["density"], 9) for d in summarise(run)["density"]["layers"]}
+    # two fifths of the tokens come to layer 2
+    assert found == {
+        ("prefill", 0): 0.4,
+        ("prefill", 1): 0.4,
+        ("prefill", 2): 0.064,
+        ("decode", 0): 0.4,
+        ("decode", 1): 0.4,
+        ("decode", 2): 0.16,
+        ("tower", 0): 0.4,
+        ("tower", 1): 0.4,
+        ("tower", 2): 0.4,
+    }
+
+
 def test_the_same_rows_in_any_order_give_the_same_bytes(tmp_path: Path) -> None:
     rng = random.Random(0)
     rows = [

@@ -431,7 +431,7 @@ def _density_chart(results: Mapping[str, Any]) -> Chart | None:
     rows = tuple((r["phase"], r["layer"], r["density"]) for r in density["layers"] if r["density"] is not None)
     if not rows:
         return None
-    caption = "Density: kept share of the causal (query, key) pairs, realised."
+    caption = "Density: kept share of the causal (query, key) pairs of the whole prompt, realised."
     title = f"{_subject(results)} · density per layer"
     return Chart("density", title, caption, ("phase", "layer", "density"), rows, _draw_density)
 

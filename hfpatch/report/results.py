@@ -43,7 +43,7 @@ from hfpatch.report.quality import (
 )
 from hfpatch.report.run import RunDir
 from hfpatch.report.words import patch_text, row_label, signed, speed_text, tokens_text
-from hfpatch.summary import PHASES
+from hfpatch.summary import PHASES, PRUNE, pairs_left, tokens_left
 
 SCHEMA = 1
 CONTROL = "control"
@@ -220,9 +220,14 @@ def _density(rows: Sequence[Row], layers: Sequence[Row]) -> dict[str, Any]:
     """Kept shares of the causal pairs. What was asked for is in the options, as shares of other things."""
     # A layer that did different things at different lengths has several rows: weigh them by their calls.
     calls: dict[tuple[int, str, int], list[tuple[float, int]]] = defaultdict(list)
+    cuts: dict[int, list[tuple[float, int]]] = defaultdict(list)
     for row in layers:
         if row["density"] is not None and row["calls"]:
-            calls[_phase(row), row["phase"], row["layer"]].append((row["density"], row["calls"]))
+            # where tokens are dropped, the share is one of tokens, and counts for the layers behind
+            cut = row["action"].startswith(PRUNE)
+            found = cuts[row["layer"]] if cut else calls[_phase(row), row["phase"], row["layer"]]
+            found.append((row["density"], row["calls"]))
+    handed = {layer: _weighted(part) for layer, part in cuts.items()}
     by_length = []
     lengths = sorted({length for row in rows if (length := length_of(row)) is not None})
     for length in lengths:
@@ -235,10 +240,19 @@ def _density(rows: Sequence[Row], layers: Sequence[Row]) -> dict[str, Any]:
         "tower": mean(row.get("density_tower") for row in rows),
         "by_length": by_length,
         "layers": [
-            {"layer": layer, "phase": phase, "density": sum(d * n for d, n in part) / sum(n for _, n in part)}
+            {"layer": layer, "phase": phase, "density": _weighted(part) * _pairs(handed, layer, phase)}
             for (_, phase, layer), part in sorted(calls.items())
         ],
     }
+
+
+def _pairs(handed: Mapping[int, float], layer: int, phase: str) -> float:
+    """Share of the whole prompt's pairs that a layer has; `handed`: by layer, the share of tokens that it hands on."""
+    return 1.0 if phase == "tower" else pairs_left([1.0], [tokens_left(handed, layer)], phase)
+
+
+def _weighted(part: Sequence[tuple[float, int]]) -> float:
+    return sum(share * calls for share, calls in part) / sum(calls for _, calls in part)
 
 
 def _phase(row: Row) -> int:
