@@ -408,9 +408,11 @@ def _is_recipe_reference(source: object) -> bool:
 def _find(source: str) -> Path:
     if _is_recipe_reference(source):
         name, known = source.removeprefix("recipe:"), shipped_recipes()
-        if name not in known:
-            raise UnknownNameError(f"unknown recipe {name!r}.{did_you_mean(name, known)} Shipped: {', '.join(known)}.")
-        return known[name]
+        # patchers' names have underscores, recipes' hyphens
+        if (path := known.get(name.replace("_", "-"))) is None:
+            hint = did_you_mean(name, known)
+            raise UnknownNameError(f"unknown recipe {name!r}.{hint} hfpatch list recipes has all that are shipped.")
+        return path
     path = Path(source).expanduser()
     if path.suffix not in (".yaml", ".yml", ".toml", ".json"):
         raise ConfigError(f"{source!r} is not a recipe: the file must end in .yaml, .yml, .toml or .json.")

@@ -179,6 +179,10 @@ def test_missing_files_and_names(tmp_path):
         load_recipe(tmp_path / "bad.yaml")
 
 
+def test_a_recipe_is_found_by_the_name_of_its_patcher():
+    assert load_recipe("recipe:dhsa_block-smoke").name == "dhsa-block-smoke"
+
+
 def test_hash_counts_what_decides_the_results():
     recipe = load_recipe(FULL)
     assert recipe.hash() == load_recipe(FULL).hash() and len(recipe.hash()) == 64
