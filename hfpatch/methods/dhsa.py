@@ -195,8 +195,8 @@ class DynamicHierarchical(Method):
             return Dense()
         if call.phase == "decode":
             return Dense() if self.decode == "dense" else self._decode(call)
-        # query blocks without instruction
-        rows = (call.q_len - self.instruct) // self.block_q
+        # query blocks without instruction; where there is none the last one may be incomplete
+        rows = (call.q_len - self.instruct) // self.block_q if self.instruct else -(-call.q_len // self.block_q)
         if rows <= 0:
             return Dense()
         chunks = self._boundaries(call)
