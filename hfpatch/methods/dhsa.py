@@ -60,7 +60,7 @@ class DynamicHierarchical(Method):
     Keys are cut into chunks of varying length where their content changes; a chunk's vector is the sum of its keys over
     the square root of its length, its score the product with the mean query, and every token has its chunk's score.
     The first `sink` tokens, the query block itself and the last `local` tokens count against the budget and always
-    stay. The last `instruct` queries, rounded up to query blocks, see everything.
+    stay. The last `instruct` queries, rounded up to query blocks, see everything; with `instruct=0` none does.
 
     `chunker`: "keydiff" cuts where neighbouring keys differ and needs no training; "predictor" uses a trained network
     (`hfpatch calibrate`); "delimiter" cuts after sentences and lines, "fixed" every `chunk` tokens; "oracle"
@@ -70,7 +70,7 @@ class DynamicHierarchical(Method):
 
     Unlike in the official code, sinks and local tokens are reserved before the others are scored, a chunk that reaches
     past its queries is not judged by keys that they cannot see, and lists may differ between heads. Prompts up to
-    `budget`, chunks of a prompt that are no longer than `instruct` and a block, and decode steps are dense;
+    `budget`, chunks of a prompt that have no whole query block before the instruction, and decode steps are dense;
     `decode="chunks"` decodes by the paper's rule, where the text written so far is one more chunk.
 
     Source: Long-Context Modeling with Dynamic Hierarchical Sparse Attention for On-Device LLMs, arXiv 2510.24606v1,
