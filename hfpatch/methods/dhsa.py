@@ -270,11 +270,8 @@ class DynamicHierarchical(Method):
             )
         rows = call.rows or tuple(range(batch))
         if (pruned := call.seq.kept.get(call.layer_idx)) is not None:
-            ends, real = call.seq.store[self, "prompt"]
-            left = [
-                slots[real[row, slots]] for row, slots in zip(rows, pruned[list(rows)].to(real.device), strict=True)
-            ]
-            part = torch.stack([ends[row, slots] for row, slots in zip(rows, left, strict=True)])[:, : call.kv_len]
+            ends, real = (x.gather(1, pruned.to(x.device)) for x in call.seq.store[self, "prompt"])
+            part = torch.stack([ends[row, real[row]] for row in rows])[:, : call.kv_len]
             found[:, : part.shape[1]] = part
             return found
         if (before := known.get((rows, call.q_offset))) is not None:
